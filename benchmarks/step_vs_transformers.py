@@ -4,8 +4,10 @@
 
 Both sides do the forward pass, the backward pass and AdamW in float32 on the same shape (biases,
 tied head, tanh GELU, learned positions, no dropout) with as many threads as the process has cores.
-Steps alternate in one process, so that what else runs on the machine meets both; the figure is the
-median over pairs of torch's time over JAX's. A loaded machine hurts torch more (its threads
+JAX starts from torch's weights, and where the losses of the first steps differ by more than
+rounding nothing is reported, since then the work would not be the same. Steps alternate in one
+process, so that what else runs on the machine meets both; the figure is the median over pairs of
+torch's time over JAX's. A loaded machine hurts torch more (its threads
 spin at barriers), so trust a figure only where the load printed before it is near zero, and see
 the ratio of the fastest steps beside it. Both run with huge pages, as train.py does: they help JAX
 by a sixth and leave torch as it is.
@@ -54,8 +56,13 @@ def tokens(shape: Shape) -> np.ndarray:
     return np.random.default_rng(0).integers(0, shape.vocab, (shape.batch, shape.length))
 
 
-def make_torch_step(shape: Shape, threads: int) -> Callable[[], float]:
-    """A step of transformers' GPT2LMHeadModel under torch AdamW; returns the loss."""
+def make_torch_step(
+    shape: Shape, threads: int
+) -> tuple[Callable[[], float], dict[str, np.ndarray]]:
+    """A step of transformers' GPT2LMHeadModel under torch AdamW, which returns the loss.
+
+    Also the weights it starts from, by the names they have in `make_jax_step`'s model.
+    """
     import torch
     import transformers
 
@@ -85,11 +92,44 @@ def make_torch_step(shape: Shape, threads: int) -> Callable[[], float]:
         optimizer.step()
         return float(loss.detach())
 
-    return step
+    weights = {name: array.numpy().copy() for name, array in model.state_dict().items()}
+    return step, _by_our_names(weights, shape)
 
 
-def make_jax_step(shape: Shape, remat: str) -> tuple[Callable, Any, Any]:
-    """The project's own train step at this shape: compiled, with its state and a batch."""
+_NAMES = {
+    "ln_1": "mixer_norm",
+    "ln_2": "channel_norm",
+    "attn.c_proj": "mixer/out",
+    "mlp.c_fc": "channel/up",
+    "mlp.c_proj": "channel/down",
+}
+
+
+def _by_our_names(weights: dict[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
+    """GPT2LMHeadModel's weights under the names of our decoder; its kernels are [I, O] as ours."""
+    found = {
+        "embed/table": weights["transformer.wte.weight"],
+        "position/table": weights["transformer.wpe.weight"],
+        "final_norm/scale": weights["transformer.ln_f.weight"],
+        "final_norm/bias": weights["transformer.ln_f.bias"],
+    }
+    for layer in range(shape.layers):
+        block, theirs = f"blocks/{layer}", f"transformer.h.{layer}"
+        for name, ours in _NAMES.items():
+            kernel = "scale" if name.startswith("ln") else "kernel"
+            found[f"{block}/{ours}/{kernel}"] = weights[f"{theirs}.{name}.weight"]
+            found[f"{block}/{ours}/bias"] = weights[f"{theirs}.{name}.bias"]
+        for kind, name in (("weight", "kernel"), ("bias", "bias")):
+            parts = np.split(weights[f"{theirs}.attn.c_attn.{kind}"], 3, axis=-1)
+            for part, array in zip("qkv", parts):
+                found[f"{block}/mixer/{part}/{name}"] = array
+    return found
+
+
+def make_jax_step(
+    shape: Shape, remat: str, weights: dict[str, np.ndarray]
+) -> tuple[Callable, Any, Any]:
+    """The project's own train step from these weights: compiled, with its state and a batch."""
     config = common.defaults()
     config.model = {
         "name": "decoder",
@@ -107,13 +147,18 @@ def make_jax_step(shape: Shape, remat: str) -> tuple[Callable, Any, Any]:
     config.phases = [common.phase(1, optimizer=adamw, clip=None)]
     run = Run(config, devices=jax.devices()[:1])
     ids = tokens(shape)
-    weights = np.ones(ids.shape, np.float32)
-    weights[:, -1] = 0  # as the peer: every token but the first, from those before it
-    batch = {"tokens": ids, "targets": np.roll(ids, -1, axis=1), "weights": weights}
+    counted = np.ones(ids.shape, np.float32)
+    counted[:, -1] = 0  # as the peer: every token but the first, from those before it
+    batch = {"tokens": ids, "targets": np.roll(ids, -1, axis=1), "weights": counted}
     batch = jax.device_put(
         {k: v.astype(np.float32 if v.dtype.kind == "f" else np.int32) for k, v in batch.items()}
     )
     step, state = run.train_step(run.phases[0]), run.start()
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in state["params"].items()}:
+        raise ValueError("the two models do not have the same parameters")
+    state["params"] = {
+        k: jax.device_put(weights[k], v.sharding) for k, v in state["params"].items()
+    }
     compiled = step.lower(state, batch).compile()
 
     def run_step(state, batch):
@@ -125,9 +170,9 @@ def make_jax_step(shape: Shape, remat: str) -> tuple[Callable, Any, Any]:
 
 def measure(shape: Shape, pairs: int, threads: int, remat: str) -> dict[str, Any]:
     """Times `pairs` alternating steps; milliseconds, ratios, losses, versions."""
-    torch_step = make_torch_step(shape, threads)
+    torch_step, weights = make_torch_step(shape, threads)
     start = time.perf_counter()
-    step, state, batch = make_jax_step(shape, remat)
+    step, state, batch = make_jax_step(shape, remat, weights)
     compile_seconds = time.perf_counter() - start
 
     def jax_step() -> float:
@@ -135,13 +180,10 @@ def measure(shape: Shape, pairs: int, threads: int, remat: str) -> dict[str, Any
         state, loss = step(state, batch)
         return float(loss)
 
-    for _ in range(3):
-        torch_step(), jax_step()
-    times, losses = [], (0.0, 0.0)
-    for _ in range(pairs):
-        (first, loss), (second, other) = _timed(torch_step), _timed(jax_step)
-        times.append((first, second))
-        losses = loss, other
+    losses = [(torch_step(), jax_step()) for _ in range(3)]
+    if not np.allclose(*np.transpose(losses), rtol=1e-4):
+        sys.exit(f"torch and JAX do not do the same work: losses (torch, JAX) {losses}")
+    times = [(_timed(torch_step), _timed(jax_step)) for _ in range(pairs)]
     torch_ms, jax_ms = 1e3 * np.array(times).T
     quartiles = np.quantile(torch_ms / jax_ms, [0.25, 0.5, 0.75])
     return {
@@ -150,7 +192,7 @@ def measure(shape: Shape, pairs: int, threads: int, remat: str) -> dict[str, Any
         "ratio": float(quartiles[1]),
         "ratio_quartiles": [float(quartiles[0]), float(quartiles[2])],
         "ratio_of_fastest": float(torch_ms.min() / jax_ms.min()),
-        "losses": {"torch": losses[0], "jax": losses[1]},
+        "losses_of_first_steps": {"torch": [a for a, _ in losses], "jax": [b for _, b in losses]},
         "compile_seconds": compile_seconds,
         "pairs": pairs,
         "shape": dataclasses.asdict(shape),
@@ -158,10 +200,10 @@ def measure(shape: Shape, pairs: int, threads: int, remat: str) -> dict[str, Any
     }
 
 
-def _timed(step: Callable[[], float]) -> tuple[float, float]:
+def _timed(step: Callable[[], float]) -> float:
     start = time.perf_counter()
-    loss = step()
-    return time.perf_counter() - start, loss
+    step()
+    return time.perf_counter() - start
 
 
 def describe_machine(threads: int) -> dict[str, Any]:

@@ -2,35 +2,66 @@
 
 Command: python train.py --config=configs/mini_sequence.py --workdir=runs/mini_sequence
          python train.py --config=configs/mini_sequence.py:whole --workdir=runs/whole
-Hardware: two CPU cores.
-Expected: losses alike to rounding, in less memory (tests/papers/test_mini_sequence.py). No figure
-is claimed of the run: it has been run with `:smoke` only.
+         python train.py --config=configs/mini_sequence.py:llama --plan=v5p:2x2x1
+         python train.py --config=configs/mini_sequence.py:llama,whole --plan=v5p:2x2x1
+Hardware: two CPU cores; the plans need no hardware.
 """
 
 from configs import common
 
 
 def get_config(arg=None):
-    """`whole` computes the sequence whole; `length=...` sets its length."""
-    arg = common.parse(arg, whole=False, length=512, pieces=8)
-    config = common.small_lm(arg, steps=150)
-    if not arg.smoke:
-        config.model.max_length = config.data.length = arg.length
-        config.batch_size = 8
+    """`whole` computes the sequence whole; `llama` is the shape of Llama 3 8B, for plans.
+
+    `length=...` sets the sequence's length (0: the shape's own), `pieces=...` M.
+    """
+    arg = common.parse(arg, whole=False, llama=False, length=0, pieces=8)
+    config = _llama(arg) if arg.llama and not arg.smoke else _small(arg)
     if arg.whole:
         return config
-    width, depth = config.model.width, config.model.depth
-    out_std = 0.02 / (2 * depth) ** 0.5
-    config.rules = [
-        {
-            "at": r"blocks/\d+/channel",
-            "use": "mini_sequence",
-            "pieces": arg.pieces,
-            "arguments": {"hidden": 4 * width, "bias": True},
-        },
-        {"at": r"blocks/\d+/channel/base/down", "use": "dense", "init_std": out_std},
-        *config.rules,
-    ]
+    use, rules = ("glu", []) if arg.llama else ("mlp", _output_init(config))
+    channel = next(rule for rule in config.rules if rule["use"] == use)
+    arguments = {k: v for k, v in channel.items() if k not in ("at", "use")}
+    pieces = {"use": "mini_sequence", "of": use, "pieces": arg.pieces, "arguments": arguments}
+    config.rules = [{"at": r"blocks/\d+/channel", **pieces}, *rules, *config.rules]
     objective = {"name": "mini_sequence_loss", "pieces": arg.pieces}
     config.phases = [{**config.phases[0], "objective": objective}]
+    return config
+
+
+def _small(arg):
+    config = common.small_lm(arg, steps=150)
+    if arg.llama:
+        config.rules = common.llama(2, 1, 128)
+    if not arg.smoke:
+        config.model.max_length = config.data.length = arg.length or 512
+        config.batch_size = 8
+    return config
+
+
+def _output_init(config):
+    """The small model's scaled initialization, at the path that it has inside mini-sequences."""
+    std = 0.02 / (2 * config.model.depth) ** 0.5
+    return [{"at": r"blocks/\d+/channel/base/down", "use": "dense", "init_std": std}]
+
+
+def _llama(arg):
+    """Llama 3 8B (arXiv 2407.21783, table 3), one sequence a chip."""
+    config = common.defaults()
+    length = arg.length or 4096
+    config.model = {
+        "name": "decoder",
+        "vocab_size": 128_256,
+        "width": 4096,
+        "depth": 32,
+        "max_length": length,
+        "tied": False,
+        "remat": "full",
+    }
+    config.rules = common.llama(32, 8, 14_336, theta=500_000.0)
+    config.data = {"name": "stdlib", "length": length}
+    config.batch_size = 4
+    config.compute_dtype = "bfloat16"
+    config.mesh = {"data": 1, "fsdp": -1}
+    config.phases = [common.phase(1000)]
     return config
