@@ -194,6 +194,23 @@ def _assign(module: nnx.Module, arrays: Mapping[str, Array], complete: bool = Fa
             variable.set_value(arrays[path])
 
 
+def gathered(module: nnx.Module) -> nnx.Module:
+    """A copy of a bound module whose parameters are whole but for model axes (tensor, expert).
+
+    What calls a module many times in a loop calls this before the loop. Otherwise fully sharded
+    parameters travel, and their gradients are summed over the mesh, in every turn. Stacked blocks
+    are left as they are, since they are gathered a layer at a time.
+    """
+
+    def gather(path, variable):
+        sharding = variable.get_metadata("gathered", None)
+        if sharding is None or RANGE.search(path):
+            return variable[...]
+        return jax.lax.with_sharding_constraint(variable[...], sharding)
+
+    return bind(module, {p: gather(p, v) for p, v in walk(module)})
+
+
 def state_of(module: nnx.Module) -> Arrays:
     """The arrays of a bound module that are state, not trained parameters."""
     return {p: v[...] for p, v in walk(module) if not isinstance(v, nnx.Param)}

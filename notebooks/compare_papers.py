@@ -69,7 +69,7 @@ Image(f"{runs}/compare.png", width=1000)
 # A checkpoint is a flat dict, path -> array, whose paths are those that rules speak of.
 
 # %%
-from efficient.training.checkpoint import read
+from efficient.checkpoints.checkpoint import read
 
 for path, (shape, dtype) in list(read(str(runs / "monarch" / "checkpoints")).items())[:12]:
     print(f"{path:60} {shape} {dtype}")

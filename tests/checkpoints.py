@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from efficient.training.checkpoint import Checkpointer
+from efficient.checkpoints.checkpoint import Checkpointer
 
 P = PartitionSpec
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ import pytest
 from checkpoints import P, assert_bitwise, mesh_of, place, save_three, sharded, structs, tree
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
+from efficient.checkpoints import checkpoint, layout
+from efficient.checkpoints.checkpoint import Checkpointer
 from efficient.errors import UserError
-from efficient.training import checkpoint, layout
-from efficient.training.checkpoint import Checkpointer
 
 
 @pytest.fixture(scope="module")

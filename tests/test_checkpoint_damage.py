@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from checkpoints import ROOT, assert_bitwise, place, save_three, structs, tree
 
+from efficient.checkpoints.checkpoint import Checkpointer
 from efficient.errors import UserError
-from efficient.training.checkpoint import Checkpointer
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
 import jax, jax.numpy as jnp
-from efficient.training.checkpoint import Checkpointer
+from efficient.checkpoints.checkpoint import Checkpointer
 checkpoints = Checkpointer({directory!r})
 """
 

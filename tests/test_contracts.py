@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import models
 from efficient import model as model_lib
 from efficient import registry
+from efficient.checkpoints.checkpoint import Checkpointer
 from efficient.objectives.likelihood import Classification, NextToken
 from efficient.scope import Context, Rules, Scope
-from efficient.training.checkpoint import Checkpointer
 from efficient.training.step import cast
 
 B, T, V, D = 8, 24, 32, 16  # batch, length, vocabulary, width

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh, PartitionSpec
 
-from efficient.training.flops import count_flops, flop_count, window_taps
+from efficient.planning.flops import count_flops, flop_count, window_taps
 
 B, D, F, L = 8, 16, 32, 5
 

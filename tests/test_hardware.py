@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from efficient.errors import UserError
-from efficient.training.hardware import Target, peak_flops
+from efficient.planning.hardware import Target, peak_flops
 
 
 @pytest.mark.parametrize(

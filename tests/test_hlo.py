@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from efficient.training.collectives import collective_seconds, replica_groups
-from efficient.training.hardware import Target
-from efficient.training.hlo import Module, parse_shapes
-from efficient.training.hlo_cost import hbm_bytes, matrix_flops
+from efficient.planning.collectives import collective_seconds, replica_groups
+from efficient.planning.hardware import Target
+from efficient.planning.hlo import Module, parse_shapes
+from efficient.planning.hlo_cost import hbm_bytes, matrix_flops
 
 
 def test_interconnect_times_by_hand():

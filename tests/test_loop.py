@@ -11,9 +11,10 @@ import pytest
 import tiny
 
 from configs import common
+from efficient.checkpoints import layout
 from efficient.errors import UserError
 from efficient.registry import register
-from efficient.training import layout, loop
+from efficient.training import loop
 
 SGD = {"name": "sgd", "learning_rate": 0.5}
 FROZEN = [{"at": r"embed/.*|blocks/0/.*", "train": False}]

@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efficient.errors import UserError
-from efficient.training import plan as plan_lib
-from efficient.training.hardware import CHIPS, Target
-from efficient.training.plan import Plan, plan
-from efficient.training.plan_memory import device_bytes, refused_bytes
+from efficient.planning import plan as plan_lib
+from efficient.planning.hardware import CHIPS, Target
+from efficient.planning.memory import device_bytes, refused_bytes
+from efficient.planning.plan import Plan, plan
 
 P = PartitionSpec
 B, D, F, L = 512, 1024, 2048, 6

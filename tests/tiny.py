@@ -11,8 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
+from efficient.checkpoints.checkpoint import Checkpointer, read
 from efficient.training import loop
-from efficient.training.checkpoint import Checkpointer, read
 from efficient.training.run import Run, flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -62,7 +62,7 @@ def batches(run: Run, steps: int):
     """The first `steps` batches of a run, on its mesh."""
     size = run.config.batch_size
     with loop.data_lib.batches(run.train_source, batch_size=size, seed=run.config.seed) as source:
-        return [loop.place_batch(next(source), run.placement, size) for _ in range(steps)]
+        return [run.placement.place_batch(next(source), size) for _ in range(steps)]
 
 
 def states(config: ConfigDict, steps: int, devices=None) -> tuple[list[dict], list[dict]]:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from efficient import registry
 from efficient.errors import UserError
-from efficient.model import bind, walk
+from efficient.model import bind, gathered, walk
 from efficient.papers import Claim, Paper
 from efficient.registry import register
 from efficient.scope import Context, Scope, call
@@ -154,9 +154,10 @@ class MiniSequence(nnx.Module):
         if self.pieces == 1 or length == 1:
             return call(self.base, x, context)
         tokens = {"positions": context.positions, "segment_ids": context.segment_ids}
+        whole = gathered(self.base)
 
         def piece(totals, index, arrays):
-            base, check = fresh(self.base)
+            base, check = fresh(whole)
             x, tokens = arrays
             y, aux = call(base, x, of_piece(context, index, tokens))
             check()

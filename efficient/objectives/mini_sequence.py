@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from efficient.channels.mini_sequence import fresh, of_piece, over_pieces
 from efficient.errors import UserError
+from efficient.model import gathered
 from efficient.objectives.likelihood import auxiliary_loss, cross_entropy, token_weights
 from efficient.registry import register
 from efficient.scope import Context
@@ -40,8 +41,10 @@ class MiniSequenceLoss:
         weights = jnp.ones(targets.shape) if weights is None else weights
         weights = jnp.broadcast_to(weights.astype(jnp.float32), targets.shape)
 
+        whole = gathered(model)
+
         def piece(sums, index, arrays):
-            head, check = fresh(model)
+            head, check = fresh(whole)
             h, targets, weights = arrays
             logits = head.logits(h, of_piece(context, index, {}))
             check()

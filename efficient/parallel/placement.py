@@ -120,6 +120,13 @@ class Placement:
         spec = [self._divides(path, axis, n) for axis, n in zip(spec, dims, strict=False)]
         return NamedSharding(self.mesh, PartitionSpec(*([None] if stacked else []), *spec))
 
+    def gathered(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where one layer's array lies once it is gathered from the axes that split the batch."""
+        layers = layers_of(path)
+        spec = self.sharding(layers[0], shape[len(layers) > 1 :]).spec
+        keep = [tuple(a for a in _axes((entry,)) if a not in BATCH_AXES) for entry in spec]
+        return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in keep)))
+
     def _largest(self, dims: tuple[int, ...]) -> tuple[Any, ...]:
         """Without a rule: fsdp splits the largest dimension that it divides."""
         size = self.mesh.shape["fsdp"]
@@ -155,6 +162,21 @@ class Placement:
     @property
     def batch_ways(self) -> int:
         return math.prod(self.mesh.shape[a] for a in BATCH_AXES)
+
+    def process_share(self, batch_size: int) -> tuple[int, int]:
+        """(index, count) of the equal slices of a batch, of which this process loads one."""
+        slices = self.batch.addressable_devices_indices_map((batch_size,)).values()
+        starts = [s[0].start or 0 for s in slices]
+        stops = [batch_size if s[0].stop is None else s[0].stop for s in slices]
+        rows = max(stops) - min(starts)
+        return min(starts) // rows, batch_size // rows
+
+    def place_batch(self, batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+        """This process' rows of a batch as global arrays on the mesh."""
+        return {
+            name: jax.make_array_from_process_local_data(self.batch, a, (batch_size, *a.shape[1:]))
+            for name, a in batch.items()
+        }
 
     def like_params(self, tree: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
         """Shardings of a tree that holds arrays of the parameters' shape under their paths (an

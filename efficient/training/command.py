@@ -247,12 +247,12 @@ def _why(error: Exception, argv: list[str]) -> str:
 
 
 def _plan(config: ConfigDict, target: str, as_json: bool) -> None:
-    from efficient.training import hardware
+    from efficient.planning import hardware
 
     hardware.prepare_environment()
-    from efficient.training import planning
+    from efficient.training.plan import plan_config
 
-    report = planning.plan_config(config, target)
+    report = plan_config(config, target)
     print(report.to_json() if as_json else report.to_text())
     if not report.fits:
         raise SystemExit(3)

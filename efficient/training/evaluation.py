@@ -24,17 +24,15 @@ class Evaluator:
 
     def __call__(self, state: step_lib.State) -> dict[str, float]:
         """Metrics weighted by tokens or examples; `bits_per_byte` where tokens stand for bytes."""
-        from efficient.training.loop import place_batch, process_share
-
         run, config = self.run, self.run.config
         size = config.batch_size
         limit = config.eval_batches * size or None
-        index, count = process_share(run.placement, size)
+        index, count = run.placement.process_share(size)
         params = step_lib.eval_params(state)
         batches = data_lib.eval_batches(
             run.eval_source, size, limit, process_index=index, process_count=count
         )
-        placed = (place_batch(batch, run.placement, size) for batch in batches)
+        placed = (run.placement.place_batch(batch, size) for batch in batches)
         outputs = jax.device_get([self._step(params, state["state"], batch) for batch in placed])
         weights = np.array([o["weight"] for o in outputs], np.float64)
         total = max(weights.sum(), 1e-9)

@@ -122,6 +122,9 @@ def _phase(index, start, entry, model, surgeries, placement) -> Phase:
     where = f"config.phases[{index}]"
     treat = _treatments(entry["parameters"], model, f"{where}.parameters")
     stacked = model_lib.stack_alike(model, lambda p: (treat(p), placement.spec(p)))
+    if placement.mesh.size > 1:
+        for path, variable in model_lib.walk(stacked):
+            variable.set_metadata("gathered", placement.gathered(path, variable.shape))
     treatments = {p: treat(model_lib.layers_of(p)[0]) for p in model_lib.is_param(stacked)}
     objective = make("objective", entry["objective"], f"{where}.objective")
     learning_rate, transform = _optimizer(entry, treatments, f"{where}.optimizer")

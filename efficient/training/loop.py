@@ -17,12 +17,12 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from efficient import data as data_lib
+from efficient.checkpoints.checkpoint import Checkpointer
 from efficient.errors import UserError
+from efficient.planning.hardware import peak_flops
 from efficient.training import step as step_lib
-from efficient.training.checkpoint import Checkpointer
 from efficient.training.evaluation import Evaluator, bits_per_byte_baseline, sample_text
 from efficient.training.experiment import Phase
-from efficient.training.hardware import peak_flops
 from efficient.training.metrics import Clock, MetricWriter, plot_losses, print_line, progress_line
 from efficient.training.run import Run, Subset, flatten, unflatten
 
@@ -218,7 +218,7 @@ class Trainer:
         source = self.run.train_source
         if self.kept is not None:
             source = Subset(source, np.asarray(self.kept))
-        index, count = process_share(self.run.placement, self.config.batch_size)
+        index, count = self.run.placement.process_share(self.config.batch_size)
         return data_lib.batches(
             source,
             batch_size=self.config.batch_size,
@@ -230,7 +230,7 @@ class Trainer:
         )
 
     def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return place_batch(batch, self.run.placement, self.config.batch_size)
+        return self.run.placement.place_batch(batch, self.config.batch_size)
 
     def _amount(self, batch: Mapping[str, jax.Array]) -> dict[str, int]:
         tokens = batch["tokens"].size if "tokens" in batch else 0
@@ -347,24 +347,6 @@ class Trainer:
         if jax.process_count() == 1:
             return self.stopping
         return multihost_utils.reached_preemption_sync_point(step)
-
-
-def process_share(placement, batch_size: int) -> tuple[int, int]:
-    """(index, count) of the equal slices of a batch, of which this process loads one."""
-    shape = (batch_size,)
-    slices = placement.batch.addressable_devices_indices_map(shape).values()
-    starts = [s[0].start or 0 for s in slices]
-    stops = [batch_size if s[0].stop is None else s[0].stop for s in slices]
-    rows = max(stops) - min(starts)
-    return min(starts) // rows, batch_size // rows
-
-
-def place_batch(batch: Mapping[str, np.ndarray], placement, batch_size: int):
-    """This process' rows of a batch as global arrays on the mesh."""
-    return {
-        name: jax.make_array_from_process_local_data(placement.batch, a, (batch_size, *a.shape[1:]))
-        for name, a in batch.items()
-    }
 
 
 def evaluate(

@@ -14,15 +14,16 @@ from ml_collections import ConfigDict
 
 from efficient import data as data_lib
 from efficient import model as model_lib
+from efficient.checkpoints import layout
+from efficient.checkpoints.checkpoint import Checkpointer
 from efficient.errors import UserError
 from efficient.parallel.placement import Placement, make_mesh
+from efficient.planning.flops import jaxpr_flops
 from efficient.surgery.common import carry
-from efficient.training import experiment, layout
+from efficient.training import experiment
 from efficient.training import step as step_lib
-from efficient.training.checkpoint import Checkpointer
 from efficient.training.evaluation import check_sample
 from efficient.training.experiment import Phase
-from efficient.training.flops import jaxpr_flops
 from efficient.training.metrics import print_line
 from efficient.training.validation import check_config
 

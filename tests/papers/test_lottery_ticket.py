@@ -12,13 +12,13 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 from configs import lottery_ticket as lottery_config
+from efficient.checkpoints.layout import unstack
 from efficient.errors import UserError
 from efficient.model import bind, init, stack_alike, state_of, walk
 from efficient.scope import Context, Rules, Scope
 from efficient.surgery.lora import LoRA
 from efficient.surgery.lottery_ticket import LotteryTicket, MaskedLinear, prune
 from efficient.surgery.merge import Merge
-from efficient.training.layout import unstack
 
 KEY = jax.random.key(7)
 

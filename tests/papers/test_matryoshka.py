@@ -14,8 +14,8 @@ from efficient import model as model_lib
 from efficient import registry
 from efficient.errors import UserError
 from efficient.objectives.matryoshka import nested_sizes, prefix_logits
+from efficient.planning.flops import count_flops
 from efficient.scope import Context, Rules, Scope
-from efficient.training.flops import count_flops
 
 WIDTH, SIZES = 32, [2, 4, 8, 16, 32]
 HEADS = {"at": "head", "use": "matryoshka_heads", "sizes": SIZES}

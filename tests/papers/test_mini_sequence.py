@@ -1,16 +1,20 @@
 """Mini-sequences: the values and gradients of the whole, in less memory."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import configs.mini_sequence
 from efficient import model as model_lib
 from efficient import registry
 from efficient.channels.mini_sequence import MiniSequence, over_pieces
 from efficient.errors import UserError
 from efficient.scope import Buffer, Context, Rules, Scope, buffer
+from efficient.training.plan import plan_config
 from models.decoder import Decoder
 
 B, D, V = 2, 16, 50
@@ -183,6 +187,26 @@ def test_memory_of_the_channel_falls_with_pieces():
     assert size[1] >= 4 * length * hidden * 4
     assert size[4] < 0.6 * size[1]
     assert size[16] < 0.33 * size[1]
+
+
+@pytest.mark.slow
+def test_parameters_travel_once_however_many_the_pieces():
+    """Fully sharded over four chips, as a TPU's compiler schedules it."""
+    pytest.importorskip("libtpu", reason="the TPU compiler; pip install -e .[lab]")
+
+    def sent(pieces):
+        config = configs.mini_sequence.get_config(f"length=256,pieces={pieces}")
+        config.model.depth, config.data.name, config.mesh.data = 1, "copying", 1
+        config.mesh.fsdp = 4
+        by_kind = collections.Counter()
+        for one in plan_config(config, "v5e:2x2").collectives:
+            by_kind[one.kind] += one.wire
+        return by_kind
+
+    few, many = sent(2), sent(8)
+    assert few["all-gather"] > 2**19
+    for kind in ("all-gather", "reduce-scatter"):
+        assert many[kind] <= 1.1 * few[kind]
 
 
 def test_pieces_have_their_own_randomness_and_positions():

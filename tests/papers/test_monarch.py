@@ -14,9 +14,9 @@ from efficient.linears.monarch import (
     monarch_project,
     monarch_shapes,
 )
+from efficient.planning.flops import count_flops
 from efficient.scope import Context, Rules, Scope
 from efficient.surgery.monarch import DenseToMonarch, MonarchToDense
-from efficient.training.flops import count_flops
 from models.decoder import Decoder
 
 # (in, out, blocks): square with b = sqrt(n), fewer blocks, wide, narrow, nothing divides.

@@ -9,8 +9,8 @@ from efficient import model as model_lib
 from efficient import registry
 from efficient.errors import UserError
 from efficient.objectives.multi_sample_dropout import dropout_samples
+from efficient.planning.flops import count_flops
 from efficient.scope import Context, Rules, Scope
-from efficient.training.flops import count_flops
 from models.vision import Vision
 
 CLASSES, WIDTH = 10, 16

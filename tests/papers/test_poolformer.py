@@ -12,8 +12,8 @@ from efficient import model as model_lib
 from efficient.errors import UserError
 from efficient.mixers.pool import average_pool
 from efficient.norms.group_norm import group_norm
+from efficient.planning.flops import count_flops
 from efficient.scope import Context, Rules, Scope
-from efficient.training.flops import count_flops
 from models.vision import Vision
 
 # Parameters in millions, GMACs at 224x224: the first and last in the authors' README; between, the

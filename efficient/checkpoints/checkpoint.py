@@ -47,8 +47,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array
 
+from efficient.checkpoints import layout, manifest, reading
 from efficient.errors import UserError
-from efficient.training import layout, manifest, reading
 
 Arrays = dict[str, Array]
 Target = Mapping[str, jax.ShapeDtypeStruct]

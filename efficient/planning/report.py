@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from efficient.training.collectives import Collective
+from efficient.planning.collectives import Collective
 
 _WIDTH = 100
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from efficient.training import hlo_cost
-from efficient.training.collectives import Collective, find_collectives
-from efficient.training.flops import FlopCount
-from efficient.training.hardware import Target
-from efficient.training.hlo import Module
+from efficient.planning import hlo_cost
+from efficient.planning.collectives import Collective, find_collectives
+from efficient.planning.flops import FlopCount
+from efficient.planning.hardware import Target
+from efficient.planning.hlo import Module
 
 
 @dataclasses.dataclass(frozen=True)

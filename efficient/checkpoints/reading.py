@@ -14,8 +14,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
+from efficient.checkpoints import layout, manifest
 from efficient.errors import UserError
-from efficient.training import layout, manifest
 
 Arrays = dict[str, Array]
 # What speaks of the machine and not of the checkpoint, so that it must not count as damage.

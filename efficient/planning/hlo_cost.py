@@ -4,8 +4,8 @@ import dataclasses
 import math
 import re
 
-from efficient.training.flops import window_taps
-from efficient.training.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
+from efficient.planning.flops import window_taps
+from efficient.planning.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
 
 # Opcodes that move nothing themselves. A `-done` only waits for what its `-start` was charged.
 _FREE = (

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from efficient.training.flops import inner_jaxprs
-from efficient.training.hardware import Target
+from efficient.planning.flops import inner_jaxprs
+from efficient.planning.hardware import Target
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _REFUSALS = (

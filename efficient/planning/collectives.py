@@ -21,8 +21,8 @@ import re
 
 import numpy as np
 
-from efficient.training.hardware import Target
-from efficient.training.hlo import COLLECTIVES, Computation, Instruction, Module
+from efficient.planning.hardware import Target
+from efficient.planning.hlo import COLLECTIVES, Computation, Instruction, Module
 
 _HOP_LATENCY = 1e-6  # seconds; the scaling book's round figure for one ICI hop
 

@@ -1,0 +1,1 @@
+"""Arrays by path on disk: written asynchronously, checked, read onto any mesh."""
