@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart install dev test test-slow test-newest lint format papers clean
+.PHONY: quickstart install dev test test-slow test-newest lint format papers lab lab-gpu clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -30,6 +30,17 @@ format: $(VENV)/.dev
 papers: $(VENV)/.dev
 	$(BIN)/python -m efficient.papers --write-readme
 
+# What the TPU compilers make of every kernel, into docs/kernels.md; minutes.
+lab: $(VENV)/.dev
+	$(BIN)/python -m pallas_kernels.lab --write docs/kernels.md
+
+# NVIDIA's compilers, for plans and kernels on h200: 4.5 GB, no GPU needed.
+lab-gpu: .venv-gpu/.done
+.venv-gpu/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet -e ".[cuda]"
+	touch $@
+
 install: $(VENV)/.run
 dev: $(VENV)/.dev
 
@@ -46,4 +57,4 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	touch $@ $(VENV)/.run
 
 clean:
-	rm -rf $(VENV) .venv-newest runs build *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-gpu runs build *.egg-info

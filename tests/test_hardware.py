@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from efficient.errors import UserError
-from efficient.planning.hardware import Target, peak_flops
+from efficient.planning.hardware import CHIPS, Target, peak_flops
+from pallas_kernels.lab import chips as laboratory
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_devices_are_shaped_by_the_torus():
 
 @pytest.mark.parametrize(
     ("name", "package", "says"),
-    [("v5e:2x2", "libtpu", r"\.\[lab\]"), ("h200", "jax_cuda13_plugin", "cuda13")],
+    [("v5e:2x2", "libtpu", r"\.\[lab\]"), ("h200", "jax_cuda13_plugin", "make lab-gpu")],
 )
 def test_missing_compiler_is_one_line(monkeypatch, name, package, says):
     found = importlib.util.find_spec
@@ -74,3 +75,9 @@ def test_peak_flops_by_device_kind():
     assert peak("TPU7x") == 2307e12 / 2  # a device is half a chip
     assert peak("NVIDIA H200") == 989.5e12
     assert peak_flops(jax.devices()[0]) is None
+
+
+def test_plans_and_the_laboratory_have_the_same_chips():
+    for kind, chip in laboratory.CHIPS.items():
+        assert chip.peak_flops == CHIPS[kind].peak_flops
+        assert chip.hbm_bandwidth == CHIPS[kind].hbm_bandwidth
