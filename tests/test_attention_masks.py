@@ -132,7 +132,7 @@ def test_printed_masks_can_be_pasted_and_are_equal(case):
 
 
 @given(cases())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_jax_numpy_and_integers_agree(case):
     import jax.numpy as jnp
 

@@ -1,0 +1,128 @@
+"""Attention on TPU: arrays in and out, around the kernels of tpu_forward and tpu_backward."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.attention import tpu_backward, tpu_bias, tpu_forward, tpu_plan, tpu_specs
+from pallas_kernels.attention.settings import Settings
+
+DTYPES = (jnp.bfloat16, jnp.float32, jnp.float16)
+HEAD_MOST = 256
+# dQ of so many elements (query heads of a key head x T x H) is added up in VMEM.
+FUSED_MOST = 4 * 2**20
+
+
+def forward(q, k, v, bias, alibi, segment_ids, dropout_seed, settings: Settings, interpret=False):
+    """out [B, T, N, H] in v's dtype and the log-sum-exp [B, N, T] in float32; see api.attention.
+
+    Args:
+      q: [B, T, N, H]. k, v: [B, S, K, H].
+      bias: [#B, #N, #T, S] or None. alibi: [N] or None.
+      segment_ids: (int32[B, T], int32[B, S]) or None.
+      dropout_seed: uint32[B, N, 2] of dropout.seeds, or None.
+      interpret: what pl.pallas_call takes.
+    """
+    T = q.shape[1]
+    shape, plan, inputs, scalars = _prepare(
+        _blocks((q, k, v), 2048), 0, q, k, v, bias, alibi, segment_ids, dropout_seed, settings
+    )
+    out, lse = tpu_forward.run(inputs, shape, plan, scalars, _stored(v.dtype), interpret)
+    return jnp.swapaxes(out[:, :, :T], 1, 2).astype(v.dtype), lse[:, :, 0, :T]
+
+
+def backward(
+    q,
+    k,
+    v,
+    bias,
+    alibi,
+    segment_ids,
+    dropout_seed,
+    out,
+    lse,
+    dout,
+    dlse,
+    settings: Settings,
+    interpret=False,
+):
+    """dq, dk, dv in the inputs' dtypes, and dbias in float32 and bias's shape (None without).
+
+    Args: as `forward`; its results out and lse, and their cotangents (dlse [B, N, T] float32).
+    """
+    T, S, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    delta = jnp.einsum("btnh,btnh->bnt", dout, out, preferred_element_type=jnp.float32) - dlse
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+    given = (q, k, v, bias, alibi, segment_ids, dropout_seed, settings)
+
+    def inputs_of(blocks, by_keys):
+        shape, plan, inputs, scalars = _prepare(blocks, by_keys and group, *given)
+        inputs["dout"] = tpu_specs.heads_first(dout.astype(inputs["q"].dtype), shape.T)
+        inputs["lse"] = tpu_specs.pad(lse, 2, shape.T, constant_values=jnp.inf)[:, :, None]
+        inputs["delta"] = tpu_specs.pad(delta, 2, shape.T)[:, :, None]
+        return inputs, shape, plan, scalars
+
+    by_keys = inputs_of(_blocks((q, k, v), 1024), True)
+    shape, plan = by_keys[1:3]
+    fused = plan.head is None and group * shape.T * shape.H <= FUSED_MOST
+    dtypes = [_stored(x.dtype) for x in (q, k, v)]
+    dk, dv, *dq = tpu_backward.run_keys(*by_keys, dtypes, fused, interpret)
+    if not dq:
+        dq = [
+            tpu_backward.run_queries(
+                *inputs_of(_blocks((q, k, v), 2048), False), dtypes[0], interpret
+            )
+        ]
+    dbias = None if bias is None else _dbias(bias, by_keys, T, segment_ids, interpret)
+    grads = ((dq[0], T, q), (dk, S, k), (dv, S, v))
+    return *(jnp.swapaxes(x[:, :, :n], 1, 2).astype(to.dtype) for x, n, to in grads), dbias
+
+
+def _dbias(bias, prepared, T, segment_ids, interpret):
+    inputs, shape, _, _ = prepared
+    rows, S = bias.shape[2:]
+    kinds = tpu_plan.kinds(shape.settings.mask, shape.N, T, S, shape.tile)
+    ranges = tpu_specs.segment_ranges(tpu_specs.padded_segments(segment_ids, shape), shape)
+    dbias = tpu_bias.run(inputs, shape, kinds, ranges, interpret)
+    dbias = jnp.swapaxes(dbias, 2, 3) if rows > 1 else dbias
+    return dbias[:, :, :rows, :S]
+
+
+def unsupported(q, k, v, bias, alibi, segment_ids, dropout_seed, settings: Settings):
+    """Why the kernels cannot do this, in words; None where they can. Arrays as in `forward`."""
+    (_, T, N, H), S = q.shape, k.shape[1]
+    for x in (q, k, v):
+        if x.dtype not in DTYPES:
+            return f"dtype {x.dtype}; accepted: {', '.join(str(jnp.dtype(d)) for d in DTYPES)}"
+    if H > HEAD_MOST or H % 8:
+        return f"head size {H}; accepted: multiples of 8 up to {HEAD_MOST}"
+    for name in ("block_q", "block_kv"):
+        if (getattr(settings, name) or 128) % 128:
+            return f"{name} {getattr(settings, name)}; accepted: multiples of 128"
+    for block_kv, group in ((2048, 0), (1024, N // k.shape[2])):
+        tile = tpu_plan.tiling(settings, T, S, *_blocks((q, k, v), block_kv))
+        reason = tpu_plan.unsupported(settings.mask, N, T, S, tile, group)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _blocks(arrays, block_kv):
+    """The tile a kernel likes best; float32 products are six, so half the sides fill as much."""
+    narrow = tpu_specs.compute_dtype(arrays) == jnp.bfloat16
+    return (512, block_kv) if narrow else (256, block_kv // 2)
+
+
+def _stored(dtype):
+    """float16 is converted outside of the kernels, which cannot."""
+    return jnp.float32 if dtype == jnp.float16 else dtype
+
+
+def _prepare(blocks, group, q, k, v, bias, alibi, segment_ids, dropout_seed, settings):
+    """shape, plan, inputs and scalars of a kernel that likes these blocks best."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    tile = tpu_plan.tiling(settings, T, S, *blocks)
+    padded = (-(-n // block) * block for n, block in zip((T, S), tile[:2], strict=True))
+    shape = tpu_specs.Shape(B, N, K, *padded, H, tile, settings)
+    segments = tpu_specs.padded_segments(segment_ids, shape)
+    plan = tpu_plan.plan(settings.mask, N, T, S, tile, group, segments is not None)
+    inputs = tpu_specs.padded_inputs(q, k, v, bias, alibi, segments, dropout_seed, shape)
+    return shape, plan, inputs, tpu_specs.scalars(plan, segments, shape)

@@ -1,0 +1,203 @@
+"""Attention forward on TPU: one Pallas kernel over the live tiles of the scores.
+
+FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) needs the maximum of a block before
+the first exponential of it, which keeps the matrix unit waiting. Here a reference value m stands in
+for the maximum: a sample of the first keys' scores. Any m gives the same result as long as no
+exponential overflows, so the straight path computes 2 ** (s - m) as scores leave the matrix unit,
+and only compares the block's maximum with m beside it. Queries that exceed m by more than 2 ** 64
+keep their old state in the straight path and are done again, exactly, with their own maximum, by
+the path that also serves queries which have no m yet.
+
+Static schedule (libtpu 0.0.51, bfloat16, full mask, tile 512 x 2048): matrix-unit use of the
+largest region, and its bundles; in brackets the use of jax's splash attention at the best of its
+block sizes. On v5e the schedule reads above 1: the array itself is the limit there.
+
+    head     v5e                    v6e
+    64       0.69, 2959 (0.49)      0.30, 1706 (0.19)
+    128      1.08, 3785 (0.97)      0.56, 1842 (0.38)
+    256      1.13, 7250 (1.01)      0.88, 2337 (0.73)
+
+The rest of the loop is 709 bundles on v6e at head 128, most of which a step does not run: 349 are
+the exact path, 148 the sample and 123 the output, once a tile of queries; below 90 are left.
+What binds on v6e at head 128: products 0.77 of their slots, vector units 0.72, exponentials 0.56.
+Tried without the comparison with m, where 512 x 2048 reads 0.585: tiles of 512 x 1024 0.49,
+256 x 2048 0.42, 1024 x 1024 0.59, 512 x 4096 0.57; two heads in a program 0.55 (512 x 1024); sums
+by a row of ones beside V 0.575. The online softmax with the block's own maximum reads 0.34, with
+two heads interleaved 0.41.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention import tpu_plan
+from pallas_kernels.attention.tpu_scores import (
+    INF,
+    LEAST,
+    LN2,
+    Scores,
+    contract,
+    visit,
+)
+from pallas_kernels.attention.tpu_specs import Grid, Shape, cost, input_specs, params
+
+# An exponential may be as great as 2 ** SLACK: sums over all keys, times values, stay in float32.
+SLACK = 64.0
+# Keys whose scores are sampled for m, and keys that the exact path does at a time.
+SAMPLE = EXACT = 128
+
+
+def kernel(scalars, inputs, out, lse, state, *, grid: Grid):
+    """One tile of queries, one block of keys. `state` lives over the pairs of a tile of queries:
+
+    m, l: float32 [1, block_q], reference value and sum of 2 ** (s - m); acc: float32 [H, block_q].
+    todo: float32 [1, block_q], 1 for queries that the exact path must do.
+    flags: int32 [2] in scalar memory: whether m is set; whether any query is to do.
+    """
+    shape, at = grid.shape, grid.place(scalars)
+    scores = Scores(inputs, shape, grid.plan.masks, at)
+    tile, flags = shape.tile, state["flags"]
+
+    @pl.when(at.has(tpu_plan.FIRST))
+    def _():
+        state["m"][...] = jnp.full_like(state["m"], LEAST)
+        state["l"][...] = jnp.zeros_like(state["l"])
+        state["acc"][...] = jnp.zeros_like(state["acc"])
+        flags[0] = 0
+
+    flags[1] = 0
+    whole = at.has(tpu_plan.ALL_FULL)
+
+    @pl.when(whole & at.has(tpu_plan.FIRST))
+    def _():
+        _sample(scores, state, 0, 1)
+
+    pl.when(whole)(lambda: _straight(scores, state, 0, tile.block_kv))
+
+    def piece(start, kind):
+        if not grid.plan.whole:
+
+            @pl.when(jnp.logical_not(whole))
+            def _():
+                flags[1] = 0
+                pl.when(flags[0] == 0)(lambda: _sample(scores, state, start, kind))
+                pl.when(flags[0] == 1)(lambda: _straight(scores, state, start, tile.piece, kind))
+                pl.when(flags[0] == 0)(lambda: _all_to_do(state))
+
+        @pl.when(flags[1] == 1)
+        def _():
+            @pl.loop(0, tile.piece // EXACT)
+            def _(i):
+                _exact(scores, state, pl.multiple_of(start + i * EXACT, EXACT), EXACT, kind)
+
+    pl.when(jnp.logical_not(whole) | (flags[1] == 1))(lambda: visit(scores, scalars, piece))
+    pl.when(at.has(tpu_plan.LAST))(lambda: _finish(out, lse, state, shape))
+
+
+def _sample(scores, state, start, kind):
+    """Sets m from the first keys of a piece; flags[0] tells whether every query sees one of them.
+
+    Where some do not, as at the far edge of a window, the straight path would be wasted on them.
+    """
+    x = scores(start, SAMPLE)
+    keep = scores.seen(kind, start, SAMPLE)
+    x = x if keep is None else jnp.where(keep, x, -INF)
+    m = jnp.maximum(jnp.max(x, axis=0, keepdims=True), LEAST)
+    state["m"][...] = m
+    if keep is None:
+        state["flags"][0] = 1
+    else:
+        state["flags"][0] = (jnp.min(m) > LEAST).astype(jnp.int32)
+
+
+def _all_to_do(state):
+    state["todo"][...] = jnp.ones_like(state["todo"])
+    state["flags"][1] = 1
+
+
+def _straight(scores, state, start, size, kind=1):
+    """Adds `size` keys, relative to m as it is, for the queries that it serves."""
+    x = scores(start, size)
+    keep = scores.seen(kind, start, size)
+    x = x if keep is None else jnp.where(keep, x, -INF)
+    m = state["m"][...]
+    beyond = jnp.max(x, axis=0, keepdims=True) > m + SLACK
+    weights = jnp.exp2(x - m)
+    total = jnp.sum(weights, axis=0, keepdims=True)
+    values = _weighted(scores, weights, start, size)
+    state["l"][...] = jnp.where(beyond, state["l"][...], state["l"][...] + total)
+    state["acc"][...] = jnp.where(beyond, state["acc"][...], state["acc"][...] + values)
+    todo = beyond.astype(jnp.float32)
+    state["todo"][...] = todo
+    state["flags"][1] = (jnp.max(todo) > 0).astype(jnp.int32)
+
+
+def _exact(scores, state, start, size, kind):
+    """Adds `size` keys for the queries to do, with their maximum and a rescaled state."""
+    x = scores(start, size)
+    keep = scores.seen(kind, start, size)
+    todo = state["todo"][...] > 0
+    x = jnp.where(todo if keep is None else keep & todo, x, -INF)
+    old = state["m"][...]
+    m = jnp.maximum(old, jnp.max(x, axis=0, keepdims=True))
+    shrink = jnp.exp2(old - m)
+    weights = jnp.exp2(x - m)
+    state["m"][...] = m
+    state["l"][...] = state["l"][...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
+    state["acc"][...] = state["acc"][...] * shrink + _weighted(scores, weights, start, size)
+    state["flags"][0] = 1
+
+
+def _weighted(scores, weights, start, size):
+    """V^T P^T, float32 [H, block_q]."""
+    if scores.shape.settings.dropout_rate:
+        weights = jnp.where(scores.kept(start, size), weights, 0)
+    values = scores.inputs["v"][pl.ds(start, size), :]
+    return contract(values, weights.astype(values.dtype), (0, 0))
+
+
+def _finish(out, lse, state, shape):
+    total = state["l"][...]
+    seen = total > 0
+    share = jnp.where(seen, 1 / (total * (1 - shape.settings.dropout_rate)), 0)
+    # A row that sees nothing has an accumulator of zeros.
+    out[...] = jnp.transpose(state["acc"][...] * share).astype(out.dtype)
+    lse[...] = jnp.where(seen, (state["m"][...] + jnp.log2(total)) * LN2, -INF)
+
+
+def run(inputs, shape: Shape, plan: tpu_plan.Plan, scalars, out_dtype, interpret=False):
+    """out [B, N, T, H] and lse [B, N, 1, T] float32, of inputs from tpu_specs."""
+    tile, grid = shape.tile, Grid(shape, plan)
+    row = pltpu.VMEM((1, tile.block_q), jnp.float32)
+    return pl.pallas_call(
+        functools.partial(kernel, grid=grid),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid.sizes,
+            in_specs=[input_specs(inputs, grid)],
+            out_specs=[
+                grid.spec((tile.block_q, shape.H), lambda b, n, q, kv: (b, n, q, 0)),
+                grid.spec((1, tile.block_q), lambda b, n, q, kv: (b, n, 0, q)),
+            ],
+            scratch_shapes=[
+                {
+                    "m": row,
+                    "l": row,
+                    "todo": row,
+                    "acc": pltpu.VMEM((shape.H, tile.block_q), jnp.float32),
+                    "flags": pltpu.SMEM((2,), jnp.int32),
+                }
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((shape.B, shape.N, shape.T, shape.H), out_dtype),
+            jax.ShapeDtypeStruct((shape.B, shape.N, 1, shape.T), jnp.float32),
+        ],
+        compiler_params=params(grid),
+        cost_estimate=cost(grid, products=2),
+        interpret=interpret,
+        name="attention_forward",
+    )(scalars, inputs)

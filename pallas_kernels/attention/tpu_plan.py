@@ -1,0 +1,204 @@
+"""What the TPU kernels of attention visit, and in which order: static, made while tracing.
+
+A program works on a tile of `block_q` queries and a block of `block_kv` keys. The block is cut
+into `pieces` of `piece` keys, and the mask is judged by piece: so a large block, which keeps the
+matrix unit busy, still skips what is empty in it. The tiles that have a live piece are listed in
+scalar memory, and the grid runs over that list alone.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from pallas_kernels.attention import masks, schedule
+from pallas_kernels.attention.settings import Settings
+
+# A pair in scalar memory: q << 16 | kv, and its state: FIRST, LAST, ALL_FULL and, from bit SHIFT
+# on, WIDTH bits a piece with the piece's kind (0 empty, 1 full, others index Plan.masks).
+FIRST, LAST, ALL_FULL, SHIFT, WIDTH = 1, 2, 4, 3, 3
+MOST_PIECES, MOST_KINDS, MOST_BLOCKS = 4, 2**WIDTH, 2**15
+# Pairs x 4 bytes x (2 or 3 words) must leave room in the 1 MB of scalar memory of a TPU core.
+MOST_PAIRS = 60_000
+
+
+class Tiling(NamedTuple):
+    """Queries of a tile, keys of a block, keys of a piece: multiples of 128."""
+
+    block_q: int
+    block_kv: int
+    piece: int
+
+    @property
+    def pieces(self) -> int:
+        return self.block_kv // self.piece
+
+
+class Plan(NamedTuple):
+    """The pairs that a kernel visits.
+
+    index, state: int32[P], see the head of this file.
+    head: int32[P], the query head, where heads have schedules of their own; else None, and the
+      grid has an axis of heads.
+    masks: what remains to be computed in a piece of each kind; they name no heads.
+    """
+
+    index: np.ndarray
+    state: np.ndarray
+    head: np.ndarray | None
+    masks: tuple[masks.Mask, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether no tile needs to be looked at by pieces."""
+        return bool((self.state & ALL_FULL).all())
+
+
+def tiling(settings: Settings, T: int, S: int, block_q: int, block_kv: int) -> Tiling:
+    """The tiling for lengths T and S; block_q and block_kv are what the kernel likes best.
+
+    Tiles and pieces lie within the blocks of the mask's BlockPatterns, where these allow it.
+    """
+    patterns = _patterns(settings.mask)
+    most_q = _within(block_q, [pattern.block[0] for pattern in patterns])
+    most_kv = _within(min(512, block_kv), [pattern.block[1] for pattern in patterns])
+    rows = settings.block_q or (most_q if patterns else _even(T, most_q))
+    if settings.block_kv:
+        columns = settings.block_kv
+        parts = [n for n in (4, 2, 1) if columns % (128 * n) == 0]
+        fits = [columns // n for n in parts if most_kv % (columns // n) == 0]
+        return Tiling(rows, columns, max(fits) if patterns and fits else columns // parts[0])
+    piece = most_kv if patterns else _even(S, most_kv)
+    pieces = -(-S // piece)
+    blocks = -(-pieces // min(MOST_PIECES, max(1, block_kv // most_kv)))
+    return Tiling(rows, piece * -(-pieces // blocks), piece)
+
+
+def unsupported(mask: masks.Mask, heads: int, T: int, S: int, tile: Tiling, group: int):
+    """Why the kernels cannot do this mask, in words; None where they can."""
+    if max(-(-T // tile.block_q), -(-S // tile.block_kv)) > MOST_BLOCKS:
+        return f"lengths {T} and {S} of more than {MOST_BLOCKS} blocks"
+    found = kinds(mask, heads, T, S, tile)
+    if any(_patterns(remaining) for remaining in found.masks):
+        return "a BlockPattern whose blocks are no multiples of 128"
+    if len(found.masks) > MOST_KINDS:
+        return f"a mask with {len(found.masks) - 2} kinds of partial blocks, more than 6"
+    pairs = len(plan(mask, heads, T, S, tile, group).index)
+    if pairs > MOST_PAIRS:
+        return f"a mask of {pairs} live blocks, more than {MOST_PAIRS} fit in scalar memory"
+    return None
+
+
+def _patterns(mask):
+    """The BlockPatterns in a mask."""
+    if isinstance(mask, masks.BlockPattern):
+        return [mask]
+    return [found for part in getattr(mask, "masks", ()) for found in _patterns(part)]
+
+
+def _within(most, blocks):
+    """The greatest multiple of 128 up to `most` that divides all of `blocks`; else 128."""
+    fits = [n for n in range(most, 0, -128) if all(block % n == 0 for block in blocks)]
+    return fits[0] if fits else 128
+
+
+class Kinds(NamedTuple):
+    """What the mask leaves of each tile, as a dense table.
+
+    state: int32[tables, tiles of queries, blocks of keys], the kinds of a block's pieces (see the
+      head of this file). table: int32[N], each query head's. masks: as in Plan.
+    """
+
+    state: np.ndarray
+    table: np.ndarray
+    masks: tuple[masks.Mask, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def kinds(mask: masks.Mask, heads: int, T: int, S: int, tile: Tiling) -> Kinds:
+    """The kinds of all pieces of a mask; heads whose masks are alike share a table."""
+    mask.check(heads, T, S)
+    each = [mask.head(n) for n in range(heads)] if mask.names_heads() else [mask] * heads
+    order = {distinct: index for index, distinct in enumerate(dict.fromkeys(each))}
+    numbers, tables = {masks.Empty(): 0, masks.Full(): 1}, []
+    for distinct in order:
+        remains, states = schedule.residuals(distinct, T, S, tile.block_q, tile.piece)
+        tables.append(_number(remains, states, S, tile, numbers))
+    blocks = np.stack(tables).reshape(len(tables), len(tables[0]), -1, tile.pieces)
+    state = (blocks << (SHIFT + WIDTH * np.arange(tile.pieces))).sum(-1)
+    table = np.array([order[distinct] for distinct in each])
+    return Kinds(state.astype(np.int32), table.astype(np.int32), tuple(numbers))
+
+
+@functools.lru_cache(maxsize=256)
+def plan(
+    mask: masks.Mask,
+    heads: int,
+    T: int,
+    S: int,
+    tile: Tiling,
+    group: int = 0,
+    dynamic: bool = False,
+) -> Plan:
+    """The pairs of a mask, by query tile, or by block of keys where `group` is given.
+
+    Args:
+      group: query heads of a key head, for a kernel that adds up over them (dK and dV).
+      dynamic: whether segment ids decide about pieces too, so that no tile is known to be full.
+    """
+    found = kinds(mask, heads, T, S, tile)
+    full = sum(1 << (SHIFT + WIDTH * piece) for piece in range(tile.pieces))
+    state = np.where((found.state == full) & (not dynamic), full | ALL_FULL, found.state)
+    if len(state) == 1:
+        index, state, _ = _pairs(state, group and 1)
+        return Plan(index, state, None, found.masks)
+    return Plan(*_pairs(state[found.table], group), found.masks)
+
+
+def _number(remains, states, S, tile, numbers):
+    """Kinds [Tb, pieces of all blocks]; beyond S nothing is live, across S there is a mask."""
+    number = [_get(numbers, each) for each in remains]
+    table = np.array(number, np.int64)[states]
+    if S % tile.piece:
+        cut = [_get(numbers, each & masks.Prefix(S)) for each in remains]
+        table[:, -1] = np.array(cut, np.int64)[states[:, -1]]
+    return np.pad(table, ((0, 0), (0, -table.shape[1] % tile.pieces)))
+
+
+def _get(numbers, mask):
+    return numbers.setdefault(mask, len(numbers))
+
+
+def _pairs(states, group):
+    """index, state, head: the lists of all heads, one after the other.
+
+    By key block (group > 0) the heads that share a key head follow each other within a block.
+    """
+    columns = []
+    for head, state in enumerate(states):
+        q, kv = _with_idle(*np.nonzero(state), state.shape, group)
+        owner = (head // group, kv) if group else (head, q)
+        columns.append(np.stack(np.broadcast_arrays(*owner, head, q, kv, state[q, kv])))
+    outer, inner, head, q, kv, state = np.concatenate(columns, 1)
+    order = np.lexsort((q if group else kv, head, inner, outer))
+    outer, inner, head, q, kv, state = (x[order] for x in (outer, inner, head, q, kv, state))
+    change = (outer[1:] != outer[:-1]) | (inner[1:] != inner[:-1])
+    first, last = np.concatenate([[True], change]), np.concatenate([change, [True]])
+    state = state + FIRST * first + LAST * last
+    index = q << 16 | kv
+    return index.astype(np.int32), state.astype(np.int32), head.astype(np.int32)
+
+
+def _with_idle(q, kv, shape, group):
+    """Adds one pair, all of whose pieces are empty, for a row that has none: it gets written."""
+    rows, mine = (shape[1], kv) if group else (shape[0], q)
+    idle = np.setdiff1d(np.arange(rows), mine)
+    none = np.zeros_like(idle)
+    q, kv = (np.append(q, none if group else idle), np.append(kv, idle if group else none))
+    return q, kv
+
+
+def _even(length, most):
+    """The smallest multiple of 128 that cuts `length` into as few parts as `most` does."""
+    parts = -(-length // most)
+    return -(-length // (128 * parts)) * 128

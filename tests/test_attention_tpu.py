@@ -1,0 +1,331 @@
+"""The TPU kernels of attention: what they visit, their numbers in the interpreter, the compiler.
+
+Numbers are checked in Pallas' TPU interpreter with race detection and memory that starts as NaN,
+against NumPy in float64. The compiler is the real one; it needs libtpu and no TPU.
+"""
+
+import functools
+import os
+
+import attention_numpy
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention import dropout, masks, tpu, tpu_plan
+from pallas_kernels.attention.masks import BlockPattern, Causal, Empty, Full, Heads, Sinks, Window
+from pallas_kernels.attention.settings import Settings
+
+LAMBDA = Causal() & (Window(100, None) | Sinks(4))
+FOUR = Heads([Causal(), Causal() & Window(64), Full(), Empty()])
+PATTERN = BlockPattern(np.array([[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]]), 128)
+
+
+# ---- what is visited
+
+
+@pytest.mark.parametrize("group", [0, 2])
+@pytest.mark.parametrize(
+    ("mask", "T", "S"),
+    [(Causal(40), 300, 500), (LAMBDA, 640, 640), (FOUR, 384, 384), (PATTERN, 512, 512)],
+)
+def test_plan_covers_the_mask(mask, T, S, group):
+    """The pieces visited, with the masks that remain in them, are the mask: no more, no less."""
+    tile = tpu_plan.tiling(Settings(mask=mask, block_q=128, block_kv=256), T, S, 512, 2048)
+    plan = tpu_plan.plan(mask, 4, T, S, tile, group)
+    heads = [0] if plan.head is None else range(4)
+    t, s = np.arange(T)[:, None], np.arange(S)[None]
+    seen = {n: np.zeros((T + 512, S + 512), int) for n in heads}
+    owners = []
+    for p, (index, state) in enumerate(zip(plan.index.tolist(), plan.state.tolist())):
+        n = 0 if plan.head is None else int(plan.head[p])
+        q, kv = index >> 16, index & 0xFFFF
+        owners.append(
+            (n // group, kv) if group and plan.head is not None else (n, kv if group else q)
+        )
+        for piece in range(tile.pieces):
+            kind = (state >> (tpu_plan.SHIFT + tpu_plan.WIDTH * piece)) & 7
+            rows = q * tile.block_q + np.arange(tile.block_q)[:, None]
+            columns = kv * tile.block_kv + piece * tile.piece + np.arange(tile.piece)[None]
+            seen[n][rows, columns] += np.broadcast_to(
+                plan.masks[kind].element(0, rows, columns), (tile.block_q, tile.piece)
+            )
+            if state & tpu_plan.ALL_FULL:
+                assert kind == 1
+    for n in heads:
+        right = np.broadcast_to(mask.element(n, t, s), (T, S))
+        np.testing.assert_array_equal(seen[n][:T, :S], right)
+        assert not seen[n][:T, S:].any(), "keys beyond S are visited"
+    starts = [p for p in range(len(owners)) if p == 0 or owners[p] != owners[p - 1]]
+    assert [p for p, x in enumerate(plan.state) if x & tpu_plan.FIRST] == starts
+    ends = [p for p, x in enumerate(plan.state) if x & tpu_plan.LAST]
+    assert ends == [*(p - 1 for p in starts[1:]), len(owners) - 1]
+    tiles = -(-S // tile.block_kv) if group else -(-T // tile.block_q)
+    parts = len(heads) // (group if group and plan.head is not None else 1)
+    assert len(set(owners)) == len(starts) == tiles * parts, "every output is written once"
+
+
+def test_empty_blocks_cost_nothing():
+    tile = tpu_plan.tiling(Settings(), 8192, 8192, 512, 2048)
+    full, window = (tpu_plan.plan(m, 1, 8192, 8192, tile) for m in (Full(), Window(512)))
+    assert len(full.index) == 64
+    assert len(window.index) <= 16 + 4
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": jnp.float64}, "dtype"),
+        ({"H": 512}, "head size 512"),
+        ({"H": 60}, "head size 60"),
+        ({"block_q": 100}, "block_q 100"),
+        ({"mask": BlockPattern(np.eye(8, dtype=int), 32)}, "multiples of 128"),
+        ({}, None),
+        ({"mask": PATTERN, "T": 512}, None),
+    ],
+)
+def test_unsupported_says_why(change, reason):
+    change = {"T": 256, "H": 64, "dtype": jnp.bfloat16, "mask": Full(), "block_q": None} | change
+    q = np.zeros((1, change["T"], 2, change["H"]), change["dtype"])
+    settings = Settings(mask=change["mask"], block_q=change["block_q"])
+    found = tpu.unsupported(q, q, q, None, None, None, None, settings)
+    assert found is None if reason is None else reason in found
+
+
+# ---- numbers
+
+
+def _inputs(B, T, S, N, K, H, dtype, segments, bias, alibi, rate, steep):
+    rng = np.random.default_rng(0)
+    arrays = [
+        rng.normal(size=size) for size in ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))
+    ]
+    arrays[0] *= steep
+    if steep > 1:  # scores that grow along the keys: later ones exceed every sample of the first
+        arrays[1] *= np.linspace(0, 1, S)[:, None, None]
+    q, k, v, dout = (jnp.asarray(x, dtype) for x in arrays)
+    ids = None
+    if segments:
+        ids = tuple(jnp.asarray(np.sort(rng.integers(0, 4, (B, n))), jnp.int32) for n in (T, S))
+    bias = None if bias is None else jnp.asarray(rng.normal(size=bias), jnp.float32)
+    slopes = jnp.asarray(2.0 ** -np.arange(1, N + 1), jnp.float32) if alibi else None
+    seeds = dropout.seeds(jax.random.key(0), B, N) if rate else None
+    dlse = jnp.asarray(rng.normal(size=(B, N, T)), jnp.float32)
+    return (q, k, v, bias, slopes, ids, seeds), dout, dlse
+
+
+def _run(given, dout, dlse, settings):
+    interpret = pltpu.InterpretParams(
+        detect_races=True,
+        uninitialized_memory="nan",
+        out_of_bounds_reads="raise",
+        dma_execution_mode="on_wait",
+    )
+    out, lse = tpu.forward(*given, settings, interpret=interpret)
+    _no_races()
+    dq, dk, dv, dbias = tpu.backward(*given, out, lse, dout, dlse, settings, interpret=interpret)
+    _no_races()
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dbias": dbias}
+
+
+def _no_races():
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.races.races_found
+
+
+def _compare(
+    *, B=1, T=256, S=None, N=2, K=None, H=64, dtype=jnp.float32, mask=Full(), segments=False,
+    bias=None, alibi=False, softcap=None, rate=0.0, block_q=128, block_kv=256, steep=1.0,
+):  # fmt: skip
+    S, K = S or T, K or N
+    given, dout, dlse = _inputs(B, T, S, N, K, H, dtype, segments, bias, alibi, rate, steep)
+    settings = Settings(
+        mask, H**-0.5, softcap, rate, alibi_offset=S - T, block_q=block_q, block_kv=block_kv
+    )
+    assert tpu.unsupported(*given, settings) is None
+    found = _run(given, dout, dlse, settings)
+    q, k, v, b, slopes, ids, seeds = (jax.tree.map(np.asarray, x) for x in given)
+    n, t, s = np.arange(N)[:, None, None], np.arange(T)[:, None], np.arange(S)
+    seen = np.broadcast_to(mask.element(n, t, s), (B, N, T, S))
+    if ids is not None:
+        seen = seen & (ids[0][:, :, None] == ids[1][:, None, :])[:, None]
+    kept = None
+    if rate:
+        kept = dropout.keep(seeds[..., 0, None, None], seeds[..., 1, None, None], t, s, rate)
+    right, naive = (
+        attention_numpy.attention(
+            q, k, v, np.asarray(dout), np.asarray(dlse), seen=seen, scale=H**-0.5, bias=b,
+            alibi=slopes, offset=S - T, softcap=softcap, kept=kept, rate=rate, arithmetic=math,
+        )
+        for math in (attention_numpy.Exact(), attention_numpy.Naive(dtype))
+    )  # fmt: skip
+    if b is None:
+        del found["dbias"]
+    else:
+        axes = tuple(axis for axis in range(4) if b.shape[axis] == 1)
+        for each in (right, naive):
+            each["dbias"] = np.asarray(each["dbias"]).sum(axes, keepdims=True)
+    assert found["out"].dtype == found["dq"].dtype == dtype
+    attention_numpy.check(found, right, naive, dtype)
+
+
+def test_grouped_causal_bfloat16():
+    _compare(mask=Causal(), N=4, K=2, dtype=jnp.bfloat16)
+
+
+def test_ragged_lengths_and_rows_that_see_nothing():
+    _compare(mask=Causal(-60), T=200, S=300, H=80)
+
+
+def test_reference_value_exceeded():
+    """Scores far beyond the sample's maximum: the exact path does these queries again."""
+    _compare(T=128, S=512, block_kv=512, N=1, steep=30.0)
+
+
+def test_dropout_softcap_and_a_row_of_bias():
+    _compare(rate=0.3, softcap=2.0, bias=(1, 1, 1, 256), T=128, S=256)
+
+
+SLOW = {
+    "full": {},
+    "float16": {"dtype": jnp.float16},
+    "bfloat16_bias": {"dtype": jnp.bfloat16, "bias": (1, 2, 256, 256), "B": 2},
+    "head_128": {"H": 128, "mask": Causal(), "dtype": jnp.bfloat16},
+    "head_192": {"H": 192, "mask": Causal(), "T": 128},
+    "head_256": {"H": 256, "T": 128, "dtype": jnp.bfloat16},
+    "multi_query": {"N": 4, "K": 1, "mask": Causal()},
+    "lambda": {"mask": LAMBDA, "T": 512, "block_kv": 512},
+    "window": {"mask": Window(100, 20), "T": 384, "S": 512, "block_kv": 512},
+    "prefix": {"mask": Causal() | masks.Prefix(70), "T": 300},
+    "heads": {"mask": FOUR, "T": 384, "N": 4, "K": 2},
+    "pattern": {"mask": PATTERN, "T": 512, "block_kv": 512},
+    "pattern_heads": {
+        "mask": BlockPattern(np.random.default_rng(1).integers(0, 2, (2, 4, 4)), 128) & Causal(),
+        "T": 512,
+        "block_kv": 512,
+    },
+    "bias": {"bias": (2, 1, 200, 300), "T": 200, "S": 300, "B": 2, "mask": Causal()},
+    "alibi": {"alibi": True, "mask": Causal(), "T": 200, "S": 256},
+    "segments": {"segments": True, "mask": Causal(), "T": 512, "B": 2, "block_kv": 512},
+    "segments_full": {"segments": True, "T": 300, "S": 200},
+    "dropout": {"rate": 0.3, "B": 2, "mask": Causal()},
+    "softcap": {"softcap": 5.0, "steep": 3.0},
+    "steep_causal": {"steep": 30.0, "mask": Causal(), "T": 512, "block_kv": 512},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_numbers(name):
+    _compare(**SLOW[name])
+
+
+@pytest.mark.slow
+def test_two_backward_kernels_where_dq_does_not_fit(monkeypatch):
+    monkeypatch.setattr(tpu, "FUSED_MOST", 0)
+    _compare(mask=Causal(), N=4, K=2, T=300)
+
+
+@pytest.mark.slow
+def test_repeatable_to_the_bit():
+    given, dout, dlse = _inputs(1, 256, 256, 4, 2, 64, jnp.bfloat16, False, None, False, 0.0, 1.0)
+    settings = Settings(Causal(), block_q=128, block_kv=256)
+    first, second = (_run(given, dout, dlse, settings) for _ in range(2))
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+# ---- the compiler
+
+
+def _step(q, k, v, dout, dlse, extra, settings):
+    ids = (extra["q_ids"], extra["kv_ids"]) if "q_ids" in extra else None
+    given = (q, k, v, extra.get("bias"), extra.get("alibi"), ids, extra.get("seeds"))
+    out, lse = tpu.forward(*given, settings)
+    return out, lse, tpu.backward(*given, out, lse, dout, dlse, settings)
+
+
+def _compile(
+    target,
+    *,
+    B=1,
+    T=512,
+    S=None,
+    N=2,
+    K=None,
+    H=128,
+    dtype=jnp.bfloat16,
+    extra=(),
+    rate=0.0,
+    **static,
+):
+    pytest.importorskip("libtpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held
+    from jax.experimental import topologies
+
+    S, K = S or T, K or N
+    shapes = {
+        "q_ids": ((B, T), jnp.int32),
+        "kv_ids": ((B, S), jnp.int32),
+        "bias": ((1, N, T, S), jnp.float32),
+        "alibi": ((N,), jnp.float32),
+        "seeds": ((B, N, 2), jnp.uint32),
+    }
+    device = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[0]
+    of = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
+    q, k = of((B, T, N, H), dtype), of((B, S, K, H), dtype)
+    given = (q, k, k, q, of((B, N, T), jnp.float32), {name: of(*shapes[name]) for name in extra})
+    step = functools.partial(
+        _step, settings=Settings(scale=H**-0.5, dropout_rate=rate, alibi_offset=S - T, **static)
+    )
+    return jax.jit(step).trace(*given).lower(lowering_platforms=("tpu",)).compile()
+
+
+def test_compiles_for_v6e():
+    text = _compile("v6e:2x2", mask=Causal(), T=256).as_text()
+    assert "attention_forward" in text and "attention_backward" in text
+
+
+COMPILED = {
+    "full": {"T": 2048},
+    "causal_gqa": {"T": 2048, "mask": Causal(), "N": 4, "K": 2},
+    "head_64": {"H": 64},
+    "head_80_ragged": {"H": 80, "T": 300, "S": 1100, "mask": Causal(800)},
+    "head_192": {"H": 192, "mask": Causal()},
+    "head_256": {"H": 256, "T": 2048},
+    "float32": {"dtype": jnp.float32, "mask": Causal()},
+    "float32_head_256": {"dtype": jnp.float32, "H": 256, "T": 1024},
+    "float16": {"dtype": jnp.float16},
+    "lambda": {"mask": LAMBDA, "T": 1024},
+    "heads": {"mask": FOUR, "N": 4, "K": 2, "T": 1024},
+    "pattern": {"mask": PATTERN},
+    "segments": {"extra": ("q_ids", "kv_ids"), "mask": Causal(), "T": 1024, "B": 2},
+    "bias": {"extra": ("bias",)},
+    "alibi": {"extra": ("alibi",), "mask": Causal()},
+    "dropout": {"extra": ("seeds",), "rate": 0.1},
+    "softcap": {"softcap": 30.0},
+    "short": {"T": 100},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles(name, target):
+    _compile(target, **COMPILED[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [Full(), Causal()])
+def test_memory_is_linear_in_length(mask):
+    """131,072 tokens, forward and backward, on one v5p: temporaries of a few times the inputs."""
+    memory = [
+        _compile("v5p:2x2x1", T=T, mask=mask).memory_analysis().temp_size_in_bytes
+        for T in (65536, 131072)
+    ]
+    assert memory[1] <= 2.1 * memory[0]
+    assert memory[1] <= 3 * (4 * 131072 * 2 * 128 * 2)
