@@ -3,7 +3,8 @@
 Command: python train.py --config=configs/hybrid_norm.py --workdir=runs/hybrid_norm
 Baselines: ...=configs/hybrid_norm.py:wiring=pre_norm and wiring=post_norm, the same in all else.
 Hardware: two CPU cores, about two minutes.
-Expected: trains as the baselines do; no loss is claimed (run with `:smoke` only).
+Expected: 2.859 held-out bits per byte, and 2.621 with wiring=pre_norm (Python 3.11.7, one seed
+          each): at this size and learning rate the paper's gain is not reproduced, it is a loss.
 Differs from small_lm: RMS norm with epsilon 1e-5, as the paper's models have, and the wiring.
 `starred` (the default) is HybridNorm*, whose first block is pre-norm.
 """

@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "surgery": ("surgery", ()),
     "selection": ("selection", ()),
 }
+DECLARATIONS = ("causal", "segments", "decode", "grid", "straight_through")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,19 +75,52 @@ def register(kind: str, name: str, **declares) -> Callable:
       **declares: what the technique can and cannot do, read by hosts and by the contract tests:
         `causal` (tuple of allowed values; default both), `segments` (False: packed sequences would
         leak, so they are refused), `decode` (False: no one-token form), `grid` (True: needs a
-        two-dimensional layout of tokens).
+        two-dimensional layout of tokens), `straight_through` (True: its gradient is not the slope
+        of what it computes).
+
+    Raises:
+      UserError: the kind or a declaration is unknown, the name is taken, or the signature is not
+        the host's arguments, then those of a config after `*`.
     """
     if kind not in KINDS:
         raise UserError(f"no kind of technique {kind!r}; {nearest(kind, KINDS)}")
+    for key in declares:
+        if key not in DECLARATIONS:
+            hint = nearest(key, DECLARATIONS)
+            raise UserError(f"{kind} {name!r} declares {key!r}, which nothing reads; {hint}")
 
     def decorate(build):
         known = _TECHNIQUES.get((kind, name))
         if known is not None and known.file != build.__module__:
             raise UserError(f"{kind} {name!r} is registered by {known.file} and {build.__module__}")
-        _TECHNIQUES[kind, name] = Technique(kind, name, build, types.MappingProxyType(declares))
+        technique = Technique(kind, name, build, types.MappingProxyType(declares))
+        _check_signature(technique)
+        _TECHNIQUES[kind, name] = technique
         return build
 
     return decorate
+
+
+def _check_signature(technique: Technique) -> None:
+    """Refuses a technique whose positional arguments are not those that its host passes."""
+    build, host = technique.build, KINDS[technique.kind][1]
+    if inspect.isclass(build):
+        host = ("self", *host)
+    target = build.__init__ if inspect.isclass(build) else build
+    positional = [
+        name
+        for name, p in inspect.signature(target).parameters.items()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(positional) == len(host):
+        return
+    what = f"{technique.kind} {technique.name!r}"
+    if more := positional[len(host) :]:
+        raise UserError(
+            f"{what} takes {', '.join(more)} by position; put what a config may set after '*' in"
+            " its signature (kw_only=True in a dataclass)"
+        )
+    raise UserError(f"{what} must take ({', '.join(host)}) before '*'")
 
 
 @functools.cache

@@ -5,6 +5,7 @@ Nothing is allocated: a `param` is a shape, a dtype and an initializer until `ef
 """
 
 import dataclasses
+import difflib
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -36,13 +37,33 @@ class Buffer(nnx.Variable):
 
 
 def param(shape: Sequence[int], init, dtype=jnp.float32, **metadata) -> nnx.Param:
-    """Declares a trained array. Equal initializers `init(key, shape, dtype)` compare equal."""
+    """Declares a trained array, which `init(key, shape, dtype)` will draw.
+
+    Blocks are alike only where their initializers are equal, so `init` is a value of
+    `efficient.init`, a dataclass of your own or a function of a module.
+
+    Raises:
+      UserError: `init` is a lambda, a closure or a partial, equal to nothing but itself.
+    """
+    _check_initializer(init)
     return nnx.Param(jax.ShapeDtypeStruct(tuple(shape), dtype), init_fn=init, **metadata)
 
 
 def buffer(shape: Sequence[int], init, dtype=jnp.float32, **metadata) -> Buffer:
     """Declares an array of state: batch statistics, a mask, a power-iteration vector."""
+    _check_initializer(init)
     return Buffer(jax.ShapeDtypeStruct(tuple(shape), dtype), init_fn=init, **metadata)
+
+
+def _check_initializer(init) -> None:
+    """Refuses what is made anew with every block and then equals none of the others."""
+    named = "<" not in getattr(init, "__qualname__", "<")  # no <lambda>, nothing of <locals>
+    if init is None or named or type(init).__eq__ is not object.__eq__:
+        return
+    raise UserError(
+        f"the initializer {getattr(init, '__qualname__', type(init).__name__)!r} equals no other,"
+        " so that blocks would never be stacked; take one of efficient.init, such as Normal(0.02)"
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +79,7 @@ class Context:
       train: whether the model is being trained (static).
       grid: (height, width) of the tokens of an image (static), None for sequences.
       activations: how the leading axis of activations lies on the mesh (static).
+      heads: how [B, T, N, H] does, whose heads the mesh may split too (static).
     """
 
     positions: Int[Array, "B T"] | None = None
@@ -70,11 +92,25 @@ class Context:
         default=None, metadata={"static": True}
     )
 
+    heads: jax.sharding.NamedSharding | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+
     def place(self, x: Array) -> Array:
         """Keeps activations split along the batch, so that it is parameters that travel."""
         if self.activations is None or self.activations.mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, self.activations)
+
+    def of_heads(self, count: int) -> jax.sharding.NamedSharding | None:
+        """How `count` heads lie on the mesh; whole where it does not divide them."""
+        if self.heads is None or self.heads.mesh.size == 1:
+            return None
+        batch, _, axis, _ = self.heads.spec
+        if count % self.heads.mesh.shape[axis]:
+            axis = None
+        spec = jax.sharding.PartitionSpec(batch, None, axis, None)
+        return jax.sharding.NamedSharding(self.heads.mesh, spec)
 
     def key(self, name: str) -> Array | None:
         """The key of one user of randomness in a layer; `scope.name` so that no two share it."""
@@ -113,12 +149,14 @@ class Rule:
         entry = dict(entry)
         for key in ("at", "use"):
             if key not in entry:
-                hint = f" ({nearest(key, entry)})" if entry else ""
+                others = entry.keys() - set(RULE_KEYS)
+                close = difflib.get_close_matches(key, others, n=1, cutoff=0.5)
+                hint = f"; you wrote {close[0]!r}" if close else ""
                 raise UserError(f"{where}: a rule needs 'at' and 'use'; {key!r} is missing{hint}")
         try:
             re.compile(entry["at"])
         except re.error as error:
-            raise UserError(f"{where}: {entry['at']!r} is no regular expression: {error}") from None
+            raise UserError(f"{where}: '{entry['at']}' is no regular expression: {error}") from None
         try:
             technique = registry.find(entry["use"], entry.get("kind"))
         except UserError as error:
@@ -160,15 +198,17 @@ class Rules:
             if rule.other_kinds:
                 others = " and ".join(sorted(rule.other_kinds))
                 raise UserError(
-                    f"{rule.where}: {rule.at!r} matches only {others} slots,"
+                    f"{rule.where}: '{rule.at}' matches only {others} slots,"
                     f" but {rule.technique.name!r} is a {kind}"
                 )
             paths = sorted({re.sub(r"/\d+(?=/|$)", "/0", p) for p, k in self.paths if k == kind})
             hint = nearest(rule.at.replace(r"\d+", "0").replace(".*", "0"), paths)
-            raise UserError(f"{rule.where}: {rule.at!r} matches no {kind} slot; {hint}")
+            raise UserError(f"{rule.where}: '{rule.at}' matches no {kind} slot; {hint}")
 
 
-def _check_declared(technique: registry.Technique, kind: str, host: Sequence[Any]) -> None:
+def _check_declared(
+    technique: registry.Technique, kind: str, host: Sequence[Any], grid: tuple[int, int] | None
+) -> None:
     """Refuses a combination that the technique does not declare."""
     allowed = technique.declares.get("causal", (True, False))
     if kind == "mixer" and host[1] not in allowed:
@@ -176,14 +216,29 @@ def _check_declared(technique: registry.Technique, kind: str, host: Sequence[Any
         raise UserError(
             f"the host is {has} and {technique.name!r} {wants}; use another mixer there"
         )
+    if technique.declares.get("grid") and grid is None:
+        raise UserError(
+            f"{technique.name!r} needs an image's grid of tokens; use it in model.name=vision"
+        )
 
 
 class Scope:
-    """A place in the model: its path and the rules that fill the slots below it."""
+    """A place in the model: its path and the rules that fill the slots below it.
 
-    def __init__(self, rules: Rules, path: str = "", defaults: Mapping[str, Any] | None = None):
+    Attributes:
+      grid: (height, width) of the tokens of an image there; None for sequences.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        path: str = "",
+        defaults: Mapping[str, Any] | None = None,
+        grid: tuple[int, int] | None = None,
+    ):
         self.rules = rules
         self.path = path
+        self.grid = grid
         self._defaults = dict(defaults or {})
 
     @property
@@ -196,7 +251,11 @@ class Scope:
         path = f"{self.path}/{name}" if self.path else str(name)
         inherited = dict(self._defaults)
         inherited.update({f"{re.escape(path)}/{at}": fill for at, fill in (defaults or {}).items()})
-        return Scope(self.rules, path, inherited)
+        return Scope(self.rules, path, inherited, self.grid)
+
+    def on_grid(self, height: int, width: int) -> "Scope":
+        """The same place, where tokens lie on a grid; a host says so before it fills slots."""
+        return Scope(self.rules, self.path, self._defaults, (height, width))
 
     def fill(self, kind: str, name: str | int, *host, default=None, defaults=None) -> nnx.Module:
         """Builds the technique that fills the slot `name`.
@@ -218,7 +277,7 @@ class Scope:
             technique, where = registry.find(technique_name, kind), f"default of {scope.path}"
             registry.check_arguments(technique, arguments, where)
         try:
-            _check_declared(technique, kind, host)
+            _check_declared(technique, kind, host, scope.grid)
             self.rules.used.append((scope.path, technique))
             return technique.build(scope, *host, **arguments)
         except UserError as error:

@@ -91,6 +91,7 @@ class Stage(nnx.Module):
         width, kernel, stride = entry["width"], entry["kernel"], entry["stride"]
         padding = entry.get("padding", 0)
         self.grid = patch_grid(size, kernel, stride, padding)
+        scope = scope.on_grid(*self.grid)
         self.patch = PatchEmbed(channels, width, kernel, stride, padding)
         length = self.grid[0] * self.grid[1] + extra
         slot = ("position", "position", width, length)
@@ -157,7 +158,7 @@ class Vision(nnx.Module):
             size, channels = stage.grid, entry["width"]
             built.append(stage)
         self.stages = nnx.List(built)
-        self.final_norm = scope.norm("final_norm", channels)
+        self.final_norm = scope.on_grid(*size).norm("final_norm", channels)
         self.head = scope.linear("head", channels, num_classes, True)
 
     def features(self, batch: Batch, context: Context) -> tuple[Float[Array, "B D"], Aux]:

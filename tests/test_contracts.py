@@ -34,6 +34,7 @@ ROWS: dict[tuple[str, str], list[dict]] = {
         {"at": MIXER, "heads": 2, "window": 5, "softcap": 3.0},
     ],
     ("mixer", "pool"): [{"at": MIXER}],
+    ("mixer", "raft"): [{"at": MIXER, "raft": 2}],
     ("channel", "mlp"): [{"at": CHANNEL, "hidden": 24, "activation": "silu", "bias": True}],
     ("channel", "glu"): [{"at": CHANNEL, "hidden": 24}],
     ("channel", "mini_sequence"): [{"at": CHANNEL, "pieces": 3}],
@@ -50,7 +51,6 @@ ROWS: dict[tuple[str, str], list[dict]] = {
     ("position", "learned"): [{"at": "position"}],
     ("position", "no_position"): [{"at": "position"}],
 }
-IMAGES_ONLY = {("mixer", "pool"), ("norm", "group_norm")}  # need a grid of tokens
 CASES = [(kind, name, rule) for (kind, name), rules in ROWS.items() for rule in rules]
 LABELS = [f"{kind}-{name}-{i}" for i, (kind, name, _) in enumerate(CASES)]
 
@@ -90,7 +90,8 @@ class Case:
 @pytest.fixture(scope="module", params=CASES, ids=LABELS)
 def case(request):
     kind, name, rule = request.param
-    images = (kind, name) in IMAGES_ONLY
+    technique = registry.find(name, kind)
+    images = technique.declares.get("grid", False)
     rules = Rules([{"use": name, **rule}])
     scope = Scope(rules)
     generator = np.random.default_rng(0)
@@ -110,7 +111,6 @@ def case(request):
     rules.check_all_matched()
     model = model_lib.stack_alike(host)
     arrays = jax.jit(lambda key: model_lib.init(model, key))(jax.random.key(0))
-    technique = registry.find(name, kind)
     return Case(technique, model, arrays, jax.tree.map(jnp.asarray, batch), images)
 
 

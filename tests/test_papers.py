@@ -43,22 +43,22 @@ def problems(entry: Entry, root: pathlib.Path = ROOT) -> list[str]:
     if paper.status == "todo":
         return found
     if entry.config is None:
-        found.append(f"{paper.slug}: there is no configs/{paper.slug}.py")
+        found.append(f"{paper.slug}: there is no configs/{paper.slug}.py; write the experiment")
     if not (root / f"tests/papers/test_{paper.slug}.py").is_file():
-        found.append(f"{paper.slug}: there is no tests/papers/test_{paper.slug}.py")
+        found.append(f"{paper.slug}: there is no tests/papers/test_{paper.slug}.py; write it")
     if not paper.claims:
-        found.append(f"{paper.slug}: no claim is recorded")
+        found.append(f"{paper.slug}: no claim is recorded; add Paper(claims=(Claim(...), ...))")
     if not paper.source:
-        found.append(f"{paper.slug}: it does not say where the equations were read")
+        found.append(f"{paper.slug}: add Paper(source=...), where the equations were read")
     for claim in paper.claims:
         if claim.test is not None and not has_test(claim.test, root):
-            found.append(f"{paper.slug}: there is no test {claim.test}")
+            found.append(f"{paper.slug}: there is no test {claim.test}; mend Claim(test=...)")
         if claim.reached and claim.test is None:
-            found.append(f"{paper.slug}: {claim.text!r} is reached without a test")
+            found.append(f"{paper.slug}: {claim.text!r} is reached without a test; name one")
         if not claim.reached and not claim.note:
-            found.append(f"{paper.slug}: {claim.text!r} is not reached and no note says why")
+            found.append(f"{paper.slug}: {claim.text!r} is not reached; say why in its note")
         if paper.status == "verified" and not claim.reached:
-            found.append(f"{paper.slug}: verified, but {claim.text!r} is not reached")
+            found.append(f"{paper.slug}: {claim.text!r} is not reached; the status is 'equations'")
     return found
 
 
@@ -80,14 +80,15 @@ def test_records_are_true(listed):
 def test_configs_and_paper_tests_have_a_record(listed):
     known = {entry.slug for entry in listed if entry.status != "todo"}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests/papers").glob("test_*.py")}
-    assert tests <= known, f"no record for tests/papers: {sorted(tests - known)}"
+    lost = sorted(tests - known)
+    assert not lost, f"add PAPER = Paper(slug, ...) to the techniques that tests/papers has: {lost}"
 
 
 def test_readme_table_is_current(listed):
     readme = ROOT / "README.md"
     assert readme.is_file(), "the project has no README.md"
     table = papers.between_markers(readme.read_text(encoding="utf-8"))
-    assert table == papers.markdown(listed), "run: python -m efficient.papers --write-readme"
+    assert table == papers.markdown(listed), "README.md: run `make papers`"
 
 
 def test_has_test_reads_the_source(tmp_path):
@@ -113,8 +114,8 @@ def test_has_test_reads_the_source(tmp_path):
         ({"status": "equations", "claims": (Claim("fast", note="needs 8 GPUs"),)}, None),
         ({"claims": ()}, "no claim"),
         ({"claims": (Claim("exact", reached=True),)}, "reached without a test"),
-        ({"claims": (Claim("fast", note="needs 8 GPUs"),)}, "verified, but 'fast'"),
-        ({"status": "equations", "claims": (Claim("fast"),)}, "no note says why"),
+        ({"claims": (Claim("fast", note="needs 8 GPUs"),)}, "'fast' is not reached; the status"),
+        ({"status": "equations", "claims": (Claim("fast"),)}, "say why in its note"),
         ({"claims": (Claim("exact", "tests/papers/test_x.py::test_y", True),)}, "there is no test"),
         ({"source": ""}, "where the equations were read"),
     ],

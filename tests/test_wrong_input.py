@@ -1,9 +1,12 @@
 """Wrong input: one line that says what to mend, status 2, and nothing touched in the workdir."""
 
+import functools
 import re
 import shutil
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from flax import nnx
@@ -11,8 +14,9 @@ from flax import nnx
 import eval as eval_script
 import train as train_script
 from configs import common
+from efficient.init import ZEROS
 from efficient.registry import register
-from efficient.scope import Context, Scope
+from efficient.scope import Context, Scope, buffer, param
 from efficient.training import loop
 
 HEADER = """
@@ -35,6 +39,29 @@ class BothWays(nnx.Module):
     def __call__(self, x, context: Context):
         del context
         return x - jnp.mean(x, axis=1, keepdims=True)
+
+
+HELD = {
+    "jax": lambda: jnp.ones(3),
+    "numpy": lambda: np.ones(3),
+    "variable": lambda: nnx.Param(jnp.ones(3)),
+    "linear": lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0)),
+    "list of arrays": lambda: nnx.List([jnp.ones(3)]),
+    "list of parameters": lambda: nnx.List([param((3,), ZEROS)]),
+    "dict of modules": lambda: nnx.data({"inner": nnx.Module()}),
+    "lambda": lambda: param((3,), lambda key, shape, dtype: jnp.ones(shape, dtype)),
+    "closure": lambda: param((3,), jax.nn.initializers.normal(0.02)),
+    "partial": lambda: buffer((3,), functools.partial(jax.random.uniform, minval=-1.0)),
+}
+
+
+@register("channel", "test_holds")
+class Holds(nnx.Module):
+    """A channel mixer with one attribute."""
+
+    def __init__(self, scope: Scope, width: int, *, what: str):
+        del scope, width
+        self.x = HELD[what]()
 
 
 @pytest.fixture
@@ -142,14 +169,56 @@ FILES = {
     ),
     "rule that matches nothing": (
         "config.rules += [{'at': r'block/\\d+/mixer', 'use': 'attention'}]",
-        r"config.rules\[6\].*matches no mixer slot; did you mean 'blocks/0/mixer'",
+        r"config.rules\[6\]: 'block/\\d\+/mixer' matches no mixer slot; did you mean 'blocks/0/mix",
     ),
     "slot of another kind": (
         "config.rules = [{'at': r'blocks/\\d+/channel', 'use': 'attention'}]",
-        "matches only channel slots, but 'attention' is a mixer",
+        r"'blocks/\\d\+/channel' matches only channel slots, but 'attention' is a mixer",
     ),
-    "rule without use": ("config.rules = [{'at': 'embed', 'user': 'table'}]", "'use' is missing"),
-    "pattern": ("config.rules = [{'at': '(', 'use': 'table'}]", "no regular expression"),
+    "rule without use": (
+        "config.rules = [{'at': 'embed', 'user': 'table'}]",
+        "'use' is missing; you wrote 'user'$",
+    ),
+    "pattern": (
+        "config.rules = [{'at': r'(\\d', 'use': 'table'}]",
+        r"'\(\\d' is no regular expression",
+    ),
+    "grid of a sequence": (
+        "config.rules = [{'at': 'final_norm', 'use': 'group_norm'}]",
+        r"rules\[0\].*final_norm: 'group_norm' needs an image's grid.*use it in model.name=vision",
+    ),
+    "declaration": (
+        "from efficient.registry import register; register('mixer', 'test_new', segment=False)",
+        "mixer 'test_new' declares 'segment', .*did you mean 'segments'",
+    ),
+    "argument by position": (
+        "from efficient.registry import register\n"
+        "    register('channel', 'test_new')(lambda scope, width, hidden: None)",
+        r"channel 'test_new' takes hidden by position; put what a config may set after '\*'",
+    ),
+    "signature": (
+        "from efficient.registry import register\n"
+        "    register('channel', 'test_new')(lambda scope, *, hidden: None)",
+        r"channel 'test_new' must take \(scope, width\) before '\*'",
+    ),
+    **{
+        f"module that holds: {what}": (
+            f"config.rules = [{{'at': '.*/channel', 'use': 'test_holds', 'what': {what!r}}}]",
+            message,
+        )
+        for what, message in {
+            "jax": r"^blocks/0/channel/x is a bare array; declare it with param\(shape, init\), or",
+            "numpy": "^blocks/0/channel/x is a bare array; declare it with param",
+            "variable": "^blocks/0/channel/x is an array without an initializer; declare it with",
+            "linear": "^blocks/0/channel/x/kernel is an array without an initializer; declare",
+            "list of arrays": "^blocks/0/channel/x/0 is a bare array; declare it with param",
+            "list of parameters": "^blocks/0/channel/x/0 is in a list .* an attribute of its own",
+            "dict of modules": "^blocks/0/channel/x/inner is in a dict .*put modules into one nnx",
+            "lambda": "blocks/0/channel: the initializer '.*<lambda>' equals no other.*Normal",
+            "closure": "blocks/0/channel: the initializer 'normal.<locals>.init' equals no other",
+            "partial": "blocks/0/channel: the initializer 'partial' equals no other",
+        }.items()
+    },
     "combination": (
         "config.rules = [{'at': r'blocks/\\d+/mixer', 'use': 'test_both_ways'}]",
         "host is causal and 'test_both_ways' is not",
@@ -167,8 +236,8 @@ FILES = {
         "unknown activation 'glu'; did you mean 'gelu'",
     ),
     "placement of nothing": (
-        "config.placement = [{'at': 'embd/table', 'spec': ['fsdp']}]",
-        r"placement\[0\].*matches no parameter; did you mean 'embed/table'",
+        "config.placement = [{'at': r'embd/tabl\\w', 'spec': ['fsdp']}]",
+        r"placement\[0\]: 'embd/tabl\\w' matches no parameter; did you mean 'embed/table'",
     ),
     "axis of a placement": (
         "config.placement = [{'at': 'embed/table', 'spec': ['tenser']}]",
@@ -179,8 +248,8 @@ FILES = {
         "a mesh axis can split one dimension only",
     ),
     "pattern of a placement": (
-        "config.placement = [{'at': '*', 'spec': ['fsdp']}]",
-        r"placement\[0\].*is no pattern",
+        "config.placement = [{'at': r'*\\d', 'spec': ['fsdp']}]",
+        r"placement\[0\]: '\*\\d' is no pattern",
     ),
     "text path": (
         "config.data = {'name': 'text', 'path': '/nowhere', 'length': 32}",
@@ -201,8 +270,12 @@ FILES = {
     ),
     "long examples": ("config.model.max_length = 16", "32 positions but learned positions for 16"),
     "parameters that match nothing": (
-        "config.phases = [common.phase(2, parameters=[{'at': 'head/.*', 'train': False}])]",
-        r"phases\[0\].parameters\[0\]: 'head/\.\*' matches no parameter",
+        "config.phases = [common.phase(2, parameters=[{'at': r'head/\\w', 'train': False}])]",
+        r"phases\[0\].parameters\[0\]: 'head/\\w' matches no parameter",
+    ),
+    "pattern of parameters": (
+        "config.phases = [common.phase(2, parameters=[{'at': r'(\\d', 'train': False}])]",
+        r"phases\[0\].parameters\[0\].*: '\(\\d' is no regular expression",
     ),
     "parameters without at": (
         "config.phases = [common.phase(2, parameters=[{'train': False}])]",
@@ -256,8 +329,12 @@ FILES = {
         "'classification' look for 'label' in a batch",
     ),
     "surgery": (
-        "config.phases = [common.phase(2, surgery=[{'name': 'lora', 'at': '.*/nothing'}])]",
-        r"phases\[0\].surgery\[0\]: .*matches nothing",
+        "config.phases = [common.phase(2, surgery=[{'name': 'lora', 'at': r'\\d/nothing'}])]",
+        r"phases\[0\].surgery\[0\]: surgery at '\\d/nothing' matches nothing",
+    ),
+    "merge of nothing": (
+        "config.phases = [common.phase(2, surgery=[{'name': 'merge', 'at': r'.*/\\w'}])]",
+        r"phases\[0\].surgery\[0\]: merge at '\.\*/\\w' matches no adapter",
     ),
     "field of a phase": ("config.phases = [common.phase(2, optimiser={})]", "mean 'optimizer'"),
     "field of a phase by hand": (

@@ -8,12 +8,14 @@ and Llama.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from efficient.errors import UserError
-from efficient.mixers.attention_core import attention_core
+from efficient.errors import UserError, nearest
 from efficient.registry import register
 from efficient.scope import Context, Scope
+from pallas_kernels.attention import Causal, Full, Window, attention
+
+KERNELS = ("reference", "blockwise", "tpu", "gpu")
 
 QKV_NORM = (
     r"(q|k|v)_norm"  # norms after the projections, identity unless a rule or wiring fills them
@@ -33,20 +35,6 @@ def rotary(
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def attention_mask(
-    length: int, window: int | None, segment_ids: Int[Array, "B T"] | None
-) -> Bool[Array, "#B 1 T T"] | None:
-    """Which keys (last axis) each query sees, causality apart; None where it sees all."""
-    mask = None
-    if window is not None:
-        distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-        mask = (jnp.abs(distance) < window)[None, None]
-    if segment_ids is not None:
-        same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-        mask = same if mask is None else mask & same
-    return mask
-
-
 @register("mixer", "attention")
 class Attention(nnx.Module):
     """softmax(q k^T / sqrt(H) + mask) v with N query heads and K key-value heads.
@@ -58,6 +46,8 @@ class Attention(nnx.Module):
       rope: base of the rotary frequencies, None for no rotary positions.
       window: each query sees keys at a distance below this; None for all.
       softcap: logits become softcap * tanh(logits / softcap); None for none.
+      kernel: which implementation of `pallas_kernels.attention`, one of `KERNELS`; None is that of
+        the platform. `reference` alone has forward-mode derivatives.
       bias: biases on the four projections.
     """
 
@@ -73,6 +63,7 @@ class Attention(nnx.Module):
         rope: float | None = None,
         window: int | None = None,
         softcap: float | None = None,
+        kernel: str | None = None,
         bias: bool = False,
     ):
         heads = heads or max(1, width // 64)
@@ -84,8 +75,13 @@ class Attention(nnx.Module):
             raise UserError(f"{heads} heads do not divide into {kv_heads} kv_heads")
         if rope is not None and head_size % 2:
             raise UserError(f"rope needs an even head_size, got {head_size}")
+        if kernel not in (None, *KERNELS):
+            raise UserError(f"kernel={kernel!r} is no implementation; {nearest(kernel, KERNELS)}")
         self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
-        self.causal, self.window, self.softcap, self.rope = causal, window, softcap, rope
+        self.window, self.softcap, self.rope, self.kernel = window, softcap, rope, kernel
+        self.mask = Causal() if causal else Full()
+        if window is not None:
+            self.mask = Window(window, 0 if causal else window - 1)
         self.q = scope.linear("q", width, heads * head_size, bias)
         self.k = scope.linear("k", width, kv_heads * head_size, bias)
         self.v = scope.linear("v", width, kv_heads * head_size, bias)
@@ -98,8 +94,17 @@ class Attention(nnx.Module):
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
         q, k, v = self._project(x, positions, context)
-        mask = attention_mask(x.shape[1], self.window, context.segment_ids)
-        return self._attend(q, k, v, mask, context, causal=self.causal)
+        y = attention(
+            q,
+            k,
+            v,
+            mask=self.mask,
+            segment_ids=context.segment_ids,
+            softcap=self.softcap,
+            sharding=context.of_heads(self.heads),
+            implementation=self.kernel,
+        )
+        return self.out(y.reshape(*y.shape[:2], -1), context)
 
     def init_state(self, batch: int, length: int, dtype):
         """Empty key and value caches [B, length, K, H] and the number of tokens in them."""
@@ -113,9 +118,17 @@ class Attention(nnx.Module):
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), index, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), index, axis=1)
         distance = index - jnp.arange(keys.shape[1])
-        mask = (distance >= 0) & (distance < (self.window or keys.shape[1]))
-        y = self._attend(q, keys, values, mask[None, None, None], context)
-        return y, (keys, values, index + 1)
+        seen = (distance >= 0) & (distance < (self.window or keys.shape[1]))
+        bias = jnp.where(seen, 0.0, -jnp.inf)[None, None, None]
+        y = attention(
+            q,
+            keys.astype(q.dtype),
+            values.astype(q.dtype),
+            bias=bias,
+            softcap=self.softcap,
+            implementation="reference",
+        )
+        return self.out(y.reshape(*y.shape[:2], -1), context), (keys, values, index + 1)
 
     def _project(self, x, positions, context):
         batch, length, _ = x.shape
@@ -126,9 +139,3 @@ class Attention(nnx.Module):
         if self.rope is not None:
             q, k = rotary(q, positions, self.rope), rotary(k, positions, self.rope)
         return q, k, v
-
-    def _attend(self, q, k, v, mask, context, causal=False):
-        y = attention_core(
-            q, k, v, mask=mask, scale=self.head_size**-0.5, softcap=self.softcap, causal=causal
-        )
-        return self.out(y.reshape(*y.shape[:2], -1), context)

@@ -85,7 +85,7 @@ class Placement:
             try:
                 re.compile(entry["at"])
             except (re.error, TypeError) as error:
-                raise UserError(f"{where}: {entry['at']!r} is no pattern: {error}") from None
+                raise UserError(f"{where}: '{entry['at']}' is no pattern: {error}") from None
             spec = tuple(tuple(s) if isinstance(s, list | tuple) else s for s in entry["spec"])
             for axis in _axes(spec):
                 if axis not in AXES:
@@ -105,7 +105,7 @@ class Placement:
         for i, (at, _) in enumerate(self.rules):
             if not any(re.fullmatch(at, p) for p in paths):
                 hint = nearest(at, {re.sub(r"/\d+/", "/0/", p) for p in paths})
-                raise UserError(f"config.placement[{i}]: {at!r} matches no parameter; {hint}")
+                raise UserError(f"config.placement[{i}]: '{at}' matches no parameter; {hint}")
 
     def sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """Where a (possibly stacked) array lies. The layer axis of a stack is never split."""
@@ -158,6 +158,11 @@ class Placement:
     def batch(self) -> NamedSharding:
         """The leading axis of a batch and of activations, over data and fsdp."""
         return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+
+    @functools.cached_property
+    def heads(self) -> NamedSharding:
+        """Queries, keys and values [B, T, N, H]: the batch as above, the heads over tensor."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, None, "tensor", None))
 
     @property
     def batch_ways(self) -> int:

@@ -30,7 +30,7 @@ def matching(
     found = [(p, m) for p, m in candidates if re.fullmatch(at, p)]
     if not found:
         hint = nearest(at, (p for p, _ in candidates))
-        raise UserError(f"surgery at {at!r} matches nothing; {hint}")
+        raise UserError(f"surgery at '{at}' matches nothing; {hint}")
     return found
 
 

@@ -25,7 +25,7 @@ class Merge:
     def apply(self, model: nnx.Module) -> None:
         found = [(p, m) for p, m in linears(model, self.at) if hasattr(m, "merged")]
         if not found:
-            raise UserError(f"merge at {self.at!r} matches no adapter; apply one in a phase before")
+            raise UserError(f"merge at '{self.at}' matches no adapter; apply one in a phase before")
         self.wrappers = {path: nnx.clone(wrapper) for path, wrapper in found}
         for path, wrapper in found:
             base = innermost(wrapper)

@@ -22,7 +22,13 @@ from efficient import registry
 from efficient.errors import UserError, nearest
 from efficient.parallel.placement import Placement
 from efficient.scope import Rules, Scope
-from efficient.training.validation import Treatment, complete_phase, is_number, treatment
+from efficient.training.validation import (
+    Treatment,
+    check_declared,
+    complete_phase,
+    is_number,
+    treatment,
+)
 
 Schedule = Callable[[Any], Any]
 
@@ -76,19 +82,18 @@ def build_model(config: ConfigDict, facts: Mapping[str, Any]) -> tuple[nnx.Modul
     rules = Rules(config.rules)
     model = cls(Scope(rules), **arguments)
     rules.check_all_matched()
+    check_declared(model)
     return model, rules
 
 
 def check_data(rules: Rules, spec: Mapping[str, Any], config: ConfigDict) -> None:
-    """Refuses mixers that would leak across packed documents, and grids on sequences."""
+    """Refuses techniques that would leak across packed documents or cannot give a sample."""
     for path, technique in rules.used:
         if "segment_ids" in spec and technique.declares.get("segments") is False:
             raise UserError(
                 f"{technique.name!r} at {path} would mix packed documents; set"
                 " data.packing='stream' or use another mixer"
             )
-        if technique.declares.get("grid") and config.model.name == "decoder":
-            raise UserError(f"{technique.name!r} at {path} needs an image's grid of tokens")
         if config.sample["length"] and technique.declares.get("decode") is False:
             raise UserError(
                 f"{technique.name!r} at {path} cannot generate; set config.sample.length=0"
@@ -110,6 +115,7 @@ def build_phases(config: ConfigDict, model: nnx.Module, placement: Placement) ->
         for i, surgery in enumerate(surgeries):
             try:
                 surgery.apply(model)
+                check_declared(model)
             except UserError as error:
                 raise UserError(f"{where}.surgery[{i}]: {error}") from None
         phases.append(_phase(index, start, entry, model, surgeries, placement))
@@ -195,7 +201,7 @@ def _treatments(entries, model, where) -> Callable[[str], Treatment]:
         treated = treatment(entry, f"{where}[{i}]")
         if not any(re.fullmatch(entry["at"], p) for p in paths):
             hint = nearest(entry["at"], {re.sub(r"/\d+/", "/0/", p) for p in paths})
-            raise UserError(f"{where}[{i}]: {entry['at']!r} matches no parameter; {hint}")
+            raise UserError(f"{where}[{i}]: '{entry['at']}' matches no parameter; {hint}")
         rules.append((entry["at"], treated))
 
     def treat(path: str) -> Treatment:

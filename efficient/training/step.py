@@ -58,7 +58,13 @@ def make_train_step(
     def loss_fn(trained, params, buffers, batch, rng, progress):
         arrays = cast({**params, **trained}, dtype) | buffers
         model = model_lib.bind(phase.stacked, arrays)
-        context = Context(rng=rng, progress=progress, train=True, activations=placement.batch)
+        context = Context(
+            rng=rng,
+            progress=progress,
+            train=True,
+            activations=placement.batch,
+            heads=placement.heads,
+        )
         loss, metrics = phase.objective(model, batch, context)
         return loss, (metrics, model_lib.state_of(model))
 
@@ -143,7 +149,7 @@ def make_eval_step(phase: Phase, placement: Placement, dtype) -> Callable:
 
     def eval_step(params, buffers, batch):
         model = model_lib.bind(phase.stacked, cast(params, dtype) | buffers)
-        context = Context(progress=1.0, activations=placement.batch)
+        context = Context(progress=1.0, activations=placement.batch, heads=placement.heads)
         return phase.objective(model, batch, context)[1]
 
     return jax.jit(eval_step, out_shardings=placement.replicated)

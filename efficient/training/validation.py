@@ -6,13 +6,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import common
+from efficient import model as model_lib
 from efficient.errors import UserError, nearest
 
 # The least value of a config's whole numbers, where it is not 0.
 AT_LEAST = {"batch_size": 1, "accumulate": 1, "log_every": 1, "keep_checkpoints": 1}
+DECLARE = "declare it with param(shape, init), or buffer(shape, init) where it is not trained"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,7 @@ def _check_pattern(pattern: str, where: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{where}: {pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"{where}: '{pattern}' is no regular expression: {error}") from None
 
 
 def is_number(value: Any, least: float) -> bool:
@@ -127,3 +132,32 @@ def _check_type(value: Any, default: Any, where: str, least: float) -> None:
             raise UserError(f"{where} must be {what} of {least} or more, got {value!r}")
     elif not isinstance(value, kind):
         raise UserError(f"{where} must be like {default!r}, got {value!r}")
+
+
+def check_declared(model: nnx.Module) -> None:
+    """Refuses arrays and modules that a module holds where nothing would draw or save them."""
+    for path, module in model_lib.modules(model):
+        for name, value in vars(module).items():
+            where = f"{path}/{name}" if path else name
+            if isinstance(value, nnx.Variable):
+                if value.get_metadata("init_fn", None) is None:
+                    raise UserError(f"{where} is an array without an initializer; {DECLARE}")
+            elif not isinstance(value, nnx.Module) or isinstance(value, nnx.List):
+                _check_held(value, where)
+
+
+def _check_held(value: Any, where: str) -> None:
+    """Refuses arrays in an attribute or its containers, and modules but in a list."""
+    if isinstance(value, jax.Array | np.ndarray):
+        raise UserError(f"{where} is a bare array; {DECLARE}")
+    if isinstance(value, nnx.Variable):
+        raise UserError(f"{where} is in a list or dict; give each array an attribute of its own")
+    if isinstance(value, nnx.Module) and not isinstance(value, nnx.List):
+        raise UserError(f"{where} is in a dict or a nested list; put modules into one nnx.List")
+    if isinstance(value, nnx.List | list | tuple):
+        for i, item in enumerate(value):
+            if not isinstance(item, nnx.Module) or isinstance(item, nnx.List):
+                _check_held(item, f"{where}/{i}")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_held(item, f"{where}/{key}")

@@ -16,29 +16,28 @@ from pallas_kernels.attention import schedule
 from pallas_kernels.attention.block import Inputs, Plan, Tile, scores, scores_gradient, weights
 from pallas_kernels.attention.masks import Prefix
 
-# A CPU runs up to so many blocks as straight code: at T 256 (4 x 4 blocks, 10 of them causal) that
-# is 0.85 of the loop's time, for twice its time to compile (4.6 s against 2.3 s, busy machine).
-_UNROLL = 10
+# A CPU runs up to so many blocks as straight code, which is faster and takes longer to compile.
+_UNROLL = 16
 
 
-def block_sizes(batch_heads: int, T: int, S: int, platform: str) -> tuple[int, int]:
-    """block_q and block_kv for B * N batch entries and heads.
+def block_sizes(T: int, S: int, platform: str) -> tuple[int, int]:
+    """block_q and block_kv.
 
-    On a CPU the scores of a block should stay in its cache: 2**18 of them over all heads (1 MB),
-    in blocks of 64 to 256 a side. Forward and backward in ms, causal float32, head size 64, two
-    busy cores, blocks of 64 / 128 / 256 (materialised attention, 4 blocks of queries):
+    On a CPU a quarter of the length, which leaves 10 of 16 blocks under a causal mask, from 64 to
+    512. Forward and backward in ms, causal float32, medians on two shared x86-64 cores, sides of
+    64 / 128 / 256 / 512 in one run with attention that keeps its T x S weights, four blocks of
+    queries at a time:
 
-        B 8, N 4, T 256     16 /  24 /  52    (18)
-        B 8, N 4, T 512     96 / 136 / 200    (154)
-        B 4, N 4, T 1024   202 / 179 / 445    (374)
-        B 1, N 8, T 2048   328 / 381 / 405    (527)
+        B 16, N 6, T  128, H 32     16 /   23                  17
+        B  8, N 4, T  256, H 64     21 /   28 /   39           23
+        B  8, N 4, T  512, H 64     89 /   78 /   99           67
+        B  4, N 4, T 1024, H 64    157 /  151 /  140          102
+        B  1, N 8, T 2048, H 64          265 /  267 / 233     168
+        B  1, N 8, T 4096, H 64         1176 / 1134 / 996    1142
 
-    An accelerator wants large products and has the memory: 2**25. Not measured.
+    An accelerator wants large products and has the memory: 512. Not measured.
     """
-    most, least, budget = (256, 64, 2**18) if platform == "cpu" else (512, 128, 2**25)
-    side = most
-    while side > least and side * side * batch_heads > budget:
-        side //= 2
+    side = min(max(min(T, S) // 4, 64), 512) if platform == "cpu" else 512
     return min(side, -(-T // 8) * 8), min(side, -(-S // 8) * 8)
 
 
@@ -145,7 +144,7 @@ def _backward(inputs, dout, lse, delta, plan):
         kept, dp = weights(p, inputs, plan, tile, dp)
         dx = p * (dp - tile.cut_rows(delta)[..., None])
         draw = scores_gradient(dx, capped, plan).astype(q.dtype)
-        # A CPU's products are slow where their operand is fused with what makes it: 24 to 28 %.
+        # A CPU's products are slow where their operand is fused with what makes it.
         draw, kept = jax.lax.optimization_barrier((draw, kept))
         new = (
             old[0] + _einsum("bkgts,bksh->bkgth", draw, k),
@@ -240,8 +239,8 @@ def _sum_like(dx, part):
 
 def _plans(q, k, settings, platform):
     """One plan where all heads share a schedule, else one for each of the distinct schedules."""
-    (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
-    block_q, block_kv = block_sizes(B * N, T, S, platform)
+    (_, T, N, _), (S, K) = q.shape, k.shape[1:3]
+    block_q, block_kv = block_sizes(T, S, platform)
     block_q, block_kv = settings.block_q or block_q, settings.block_kv or block_kv
     found = schedule.schedule(settings.mask, N, T, S, block_q, block_kv)
     # A CPU has no fast product of bfloat16; where q is wide anyway the scale goes into it.

@@ -14,7 +14,7 @@ ATTENTION = {"at": r".*/mixer", "use": "attention", "heads": HEADS, "kv_heads": 
 
 
 def block(pre_norm=False, rules=(ATTENTION,), wiring="hybrid_norm", width=D, causal=True):
-    scope = Scope(Rules(list(rules)), "blocks/0")
+    scope = Scope(Rules(list(rules)), "blocks/0", grid=None if causal else (4, 4))
     arguments = {"pre_norm": pre_norm} if wiring == "hybrid_norm" else {}
     filled = Rules([{"at": "w", "use": wiring, **arguments}]).rules[0]
     return filled.technique.build(scope, width, causal, **arguments)

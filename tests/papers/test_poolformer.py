@@ -40,7 +40,7 @@ def numpy_pool(x, size):
 
 def pool(size=3):
     rules = Rules([{"at": "mixer", "use": "pool", "size": size}])
-    return Scope(rules).mixer("mixer", 6, False)
+    return Scope(rules, grid=(3, 4)).mixer("mixer", 6, False)
 
 
 @pytest.mark.parametrize(("grid", "size"), [((4, 5), 3), ((1, 3), 3), ((6, 2), 5), ((3, 3), 1)])
@@ -82,6 +82,8 @@ def test_pool_has_no_parameters_and_refuses_what_has_no_grid():
         pool(size=2)
     with pytest.raises(UserError, match="host is causal"):
         Scope(Rules([{"at": "mixer", "use": "pool"}])).mixer("mixer", 6, True)
+    with pytest.raises(UserError, match="mixer: 'pool' needs an image's grid of tokens"):
+        Scope(Rules([{"at": "mixer", "use": "pool"}])).mixer("mixer", 6, False)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
@@ -103,7 +105,7 @@ def test_group_norm_is_over_tokens_and_channels_of_a_group(groups):
 def test_group_norm_refuses_sequences_and_uneven_groups():
     def norm(**arguments):
         rules = Rules([{"at": "norm", "use": "group_norm", **arguments}])
-        return Scope(rules).norm("norm", 6)
+        return Scope(rules, grid=(2, 2)).norm("norm", 6)
 
     with pytest.raises(UserError, match="include later ones"):
         norm()(jnp.ones((1, 4, 6)), Context())
