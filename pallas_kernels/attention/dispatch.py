@@ -12,6 +12,8 @@ from pallas_kernels.attention import blockwise
 
 # Platform of XLA -> the module that holds its kernels, under the name of `implementation`.
 KERNELS = {"tpu": "tpu", "cuda": "gpu"}
+# Taken without being asked for. Those for GPUs have been compiled and interpreted, but never run.
+BY_DEFAULT = ("tpu",)
 _WARNED = set()
 
 
@@ -22,8 +24,9 @@ def run(direction, implementation, settings, *arrays):
     Jitted, so that a call outside of jit is one program and calls alike are traced once.
 
     Args:
-      implementation: "blockwise", "tpu" or "gpu"; None is the platform's kernel where it supports
-        these arguments, and blockwise where not, which is said once when the program is lowered.
+      implementation: "blockwise", "tpu" or "gpu"; None is the platform's kernel, of `BY_DEFAULT`,
+        where it supports these arguments, and blockwise where not, which is said once when the
+        program is lowered.
     """
     call = functools.partial(_call, direction, settings)
     on_cpu = functools.partial(call, blockwise, platform="cpu")
@@ -32,6 +35,8 @@ def run(direction, implementation, settings, *arrays):
         return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
     branches = {}
     for platform, name in KERNELS.items():
+        if name not in (implementation, *BY_DEFAULT):
+            continue
         module = _kernels(name)
         reason = _unsupported(module, name, arrays, settings)
         if reason is None:

@@ -141,9 +141,7 @@ def run_keys(inputs, shape: Shape, plan: tpu_plan.Plan, scalars, dtypes, fused, 
     """dk, dv [B, K, S, H] and, if fused, dq [B, N, T, H]; plan by blocks of keys."""
     tile, grid = shape.tile, Grid(shape, plan, grouped=True)
     B, N, K, T, S, H = shape[:6]
-    keys = grid.spec(
-        (tile.block_kv, H), lambda b, n, q, kv: (b, jax.lax.div(n, shape.group), kv, 0)
-    )
+    keys = grid.spec((tile.block_kv, H), lambda b, n, q, kv: (b, shape.key_head(n), kv, 0))
     outs = [jax.ShapeDtypeStruct((B, K, S, H), dtype) for dtype in dtypes[1:]]
     specs = [keys, keys]
     sums = {name: pltpu.VMEM((H, tile.block_kv), jnp.float32) for name in ("dk", "dv")}

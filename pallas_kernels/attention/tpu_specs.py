@@ -28,6 +28,10 @@ class Shape(NamedTuple):
     tile: tpu_plan.Tiling
     settings: Settings
 
+    def key_head(self, n):
+        """The key head of a query head."""
+        return jax.lax.div(n, np.int32(self.group))
+
     @property
     def group(self) -> int:
         """Query heads of a key head."""
@@ -105,7 +109,7 @@ def input_specs(inputs, grid: Grid):
     """Block specs of `inputs` (see padded_inputs)."""
     shape, tile = grid.shape, grid.shape.tile
     queries = ((tile.block_q, shape.H), lambda b, n, q, kv: (b, n, q, 0))
-    keys = ((tile.block_kv, shape.H), lambda b, n, q, kv: (b, jax.lax.div(n, shape.group), kv, 0))
+    keys = ((tile.block_kv, shape.H), lambda b, n, q, kv: (b, shape.key_head(n), kv, 0))
     row = ((1, tile.block_q), lambda b, n, q, kv: (b, n, 0, q))
     specs = {
         "q": queries,

@@ -1,0 +1,251 @@
+"""The Hopper kernels of attention: numbers in the Mosaic GPU interpreter, and the real compiler.
+
+The interpreter detects races between copies and reads; memory starts as NaN.
+"""
+
+import functools
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import attention_numpy
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.attention import gpu, gpu_plan
+from pallas_kernels.attention.gpu_ops import Machine
+from pallas_kernels.attention.masks import BlockPattern, Causal, Full, Heads, Prefix, Sinks, Window
+from pallas_kernels.attention.settings import Settings
+from pallas_kernels.lab.gpu import INSTALL, SHARED_LIMIT, compile_gpu, interpreter
+
+LAMBDA = Causal() & (Window(100) | Sinks(4))
+
+
+# ---- what is visited
+
+
+@pytest.mark.parametrize("group", [0, 1, 2])
+@pytest.mark.parametrize(
+    "mask", [Full(), Causal(), Causal(-200), Heads([LAMBDA, Causal(), Full(), Window(70, 30)])]
+)
+def test_lists_cover_what_is_seen_once(mask, group):
+    """Every element seen is in one listed block, whose remaining mask agrees with the mask."""
+    N, T, S, block_q, block_kv = 4, 300, 420, 128, 64
+    work = gpu_plan.work(mask, N, T, S, block_q, block_kv, group)
+    found = np.zeros((N, T, S), int)
+    for head, row, start, count in work.tiles:
+        for word in work.blocks[start : start + count]:
+            column, within, kind, mixed = (int(x) for x in gpu_plan.unpack(word))
+            n = head * max(group, 1) + within
+            q, kv = (column, row) if group else (row, column)
+            t = q * block_q + np.arange(block_q)[:, None]
+            s = kv * block_kv + np.arange(block_kv)
+            seen = np.broadcast_to(work.masks[kind].element(0, t, s), (block_q, block_kv))
+            assert not mixed
+            assert not seen[:, (s >= S)].any()
+            seen = seen[: max(T - t[0, 0], 0), : max(S - s[0], 0)]
+            found[n, t[0, 0] : t[0, 0] + len(seen), s[0] : s[0] + seen.shape[1]] += seen
+    n, t, s = np.arange(N)[:, None, None], np.arange(T)[:, None], np.arange(S)
+    np.testing.assert_array_equal(found, np.broadcast_to(mask.element(n, t, s), (N, T, S)))
+    assert (np.diff(work.tiles[:, gpu_plan.COUNT]) <= 0).all()
+
+
+def test_empty_blocks_are_not_listed():
+    work = gpu_plan.work(Causal() & Window(128), 2, 1024, 1024, 128, 128)
+    assert len(work.blocks) == 8 + 7
+
+
+def test_segments_leave_out_blocks_which_have_none_in_common():
+    rng = np.random.default_rng(0)
+    B, T, block = 3, 512, 64
+    ids = np.sort(rng.integers(0, 6, (B, T)), axis=1)
+    work = gpu_plan.work(Heads([Causal(), Full()]), 2, T, T, block, block)
+    ranges = [ids.reshape(B, -1, block).min(2), ids.reshape(B, -1, block).max(2)]
+    ranges = [jnp.asarray(x) for x in ranges]
+    tiles, blocks = (np.asarray(x) for x in gpu_plan.lists(work, ranges, ranges))
+    for b in range(B):
+        same = ids[b][:, None] == ids[b]
+        same = same.reshape(T // block, block, T // block, block).swapaxes(1, 2)
+        for (_, row, start, count), (*_, every) in zip(tiles[b], work.tiles, strict=True):
+            got = [gpu_plan.unpack(x) for x in blocks[b, start : start + count]]
+            listed = gpu_plan.unpack(work.blocks[start : start + every])[0]
+            assert [x[0] for x in got] == [c for c in listed if same[row, c].any()]
+            assert [bool(x[3]) for x in got] == [not same[row, x[0]].all() for x in got]
+
+
+# ---- what is supported
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"H": 80}, None),
+        ({"H": 24}, "head size 24"),
+        ({"H": 512}, "head size 512"),
+        ({"dtype": np.float32}, "dtype float32"),
+        ({"scale": -1.0}, "scale -1"),
+        ({"mask": LAMBDA}, None),
+        ({"mask": Window(3, block=48)}, "power of two"),
+        ({"mask": BlockPattern(np.eye(2, dtype=int), 128)}, None),
+        ({"mask": BlockPattern(np.eye(32, dtype=int), 8)}, "BlockPattern"),
+        ({"bias": True}, "bias"),
+        ({"alibi": True}, "alibi"),
+        ({"dropout": True}, "dropout"),
+    ],
+)
+def test_unsupported_says_why(change, reason):
+    given = {"H": 64, "dtype": jnp.bfloat16, "mask": Full(), "scale": 1.0, **change}
+    q = jax.ShapeDtypeStruct((1, 256, 2, given["H"]), given["dtype"])
+    rest = (change.get("bias"), change.get("alibi"), None, change.get("dropout"))
+    found = gpu.unsupported(q, q, q, *rest, Settings(given["mask"], given["scale"]))
+    assert found is None if reason is None else reason in found
+
+
+# ---- numbers
+
+
+def _machine():
+    params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    interpret = params.InterpretGPUParams(
+        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
+    )
+    return Machine(interpret, cores=2)
+
+
+def _no_races():
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.get_races().races_found
+
+
+def _compare(
+    *, B=1, T=128, S=None, N=1, K=None, H=64, dtype=jnp.bfloat16, mask=Full(), segments=False,
+    softcap=None,
+):  # fmt: skip
+    S, K = S or T, K or N
+    rng = np.random.default_rng(0)
+    sizes = ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))
+    q, k, v, dout = (jnp.asarray(rng.normal(size=size), dtype) for size in sizes)
+    dlse = jnp.asarray(rng.normal(size=(B, N, T)), jnp.float32)
+    ids = None
+    if segments:
+        ids = tuple(jnp.asarray(np.sort(rng.integers(0, 4, (B, n))), jnp.int32) for n in (T, S))
+    settings = Settings(mask, H**-0.5, softcap)
+    given = (q, k, v, None, None, ids, None)
+    assert gpu.unsupported(*given, settings) is None
+    machine = _machine()
+    out, lse = jax.jit(lambda *given: gpu.forward(*given, settings, machine))(*given)
+    _no_races()
+    step = jax.jit(lambda *given: gpu.backward(*given, settings, machine)[:3])
+    dq, dk, dv = step(*given, out, lse, dout, dlse)
+    _no_races()
+    found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    n, t, s = np.arange(N)[:, None, None], np.arange(T)[:, None], np.arange(S)
+    seen = np.broadcast_to(mask.element(n, t, s), (B, N, T, S))
+    if segments:
+        seen = seen & (np.asarray(ids[0])[:, None, :, None] == np.asarray(ids[1])[:, None, None])
+    right, naive = (
+        attention_numpy.attention(
+            *(np.asarray(x) for x in (q, k, v, dout, dlse)),
+            seen=seen, scale=H**-0.5, softcap=softcap, arithmetic=math,
+        )
+        for math in (attention_numpy.Exact(), attention_numpy.Naive(dtype))
+    )  # fmt: skip
+    assert all(found[name].dtype == dtype for name in ("out", "dq", "dk", "dv"))
+    attention_numpy.check(found, right, naive, dtype)
+
+
+def test_grouped_causal():
+    _compare(mask=Causal(), N=2, K=1)
+
+
+SLOW = {
+    "full": {"T": 256},
+    "causal_ring_goes_round": {"T": 512, "mask": Causal(), "H": 128},
+    "ragged": {"mask": Causal(-30), "T": 140, "S": 200, "B": 2},
+    "float16": {"dtype": jnp.float16, "mask": Causal()},
+    "head_80": {"H": 80, "mask": Causal()},
+    "head_192": {"H": 192, "mask": Causal()},
+    "head_256": {"H": 256, "mask": Causal()},
+    "multi_query": {"N": 4, "K": 1, "mask": Causal()},
+    "lambda": {"mask": LAMBDA, "T": 384},
+    "prefix": {"mask": Causal() | Prefix(70), "T": 256},
+    "heads": {"mask": Heads([LAMBDA, Causal(), Full(), Window(70, 30)]), "T": 256, "N": 4, "K": 2},
+    "pattern": {"mask": BlockPattern([[1, 0], [0, 0]], 128), "T": 256},
+    "segments": {"segments": True, "mask": Causal(), "T": 256, "B": 2},
+    "segments_full": {"segments": True, "T": 200, "S": 300},
+    "softcap": {"softcap": 2.0, "mask": Causal()},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_numbers(name):
+    _compare(**SLOW[name])
+
+
+# ---- the compiler
+
+
+COMPILED = {
+    "full": {},
+    "causal_gqa": {"mask": Causal(), "N": 8, "K": 2},
+    "float16": {"dtype": "float16"},
+    "head_64": {"H": 64, "mask": Causal()},
+    "head_80_ragged": {"H": 80, "T": 300, "S": 1100, "mask": Causal(800)},
+    "head_192": {"H": 192, "mask": Causal()},
+    "head_256": {"H": 256, "mask": Causal()},
+    "lambda": {"mask": LAMBDA},
+    "prefix": {"mask": Causal() | Prefix(70)},
+    "softcap": {"mask": Causal(), "softcap": 30.0},
+    "segments": {"mask": Causal(), "segments": True, "B": 2},
+}
+
+
+def _attention(q, k, v, ids, dout, settings):
+    out, lse = gpu.forward(q, k, v, None, None, ids, None, settings)
+    grads = gpu.backward(q, k, v, None, None, ids, None, out, lse, dout, 0 * lse, settings)
+    return out, lse, grads[:3]
+
+
+def compile_case(name):
+    """Prints ptxas' report of each kernel; run by the interpreter that has jax[cuda13]."""
+    given = {"B": 1, "T": 2048, "N": 4, "H": 128, "dtype": "bfloat16", **COMPILED[name]}
+    B, T, N, H = (given[x] for x in "BTNH")
+    S, K = given.get("S", T), given.get("K", N)
+    q, k = (jax.ShapeDtypeStruct((B, *n, H), given["dtype"]) for n in ((T, N), (S, K)))
+    ids = tuple(jax.ShapeDtypeStruct((B, n), jnp.int32) for n in (T, S))
+    ids = ids if given.get("segments") else None
+    settings = Settings(given.get("mask", Full()), H**-0.5, given.get("softcap"))
+    assert gpu.unsupported(q, k, k, None, None, ids, None, settings) is None
+    report = compile_gpu(functools.partial(_attention, settings=settings), (q, k, k, ids, q))
+    assert report.ok, report.reason
+    for kernel in report.kernels:
+        print(json.dumps([kernel.name, kernel.spill_stores, kernel.shared_bytes]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_for_an_h200_without_spills(name):
+    python = interpreter()
+    if python is None:
+        pytest.skip(INSTALL)
+    root = Path(__file__).resolve().parents[1]
+    paths = os.pathsep.join([str(root), str(root / "tests")])
+    done = subprocess.run(
+        [python, "-c", f"import test_attention_gpu as t; t.compile_case({name!r})"],
+        env={**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    names = {kernel for kernel, _, _ in kernels}
+    backward = {"attention_backward_queries", "attention_backward_keys"}
+    assert names == {"attention_forward", *backward}
+    for kernel, spills, shared in kernels:
+        assert spills == 0, f"{kernel} puts {spills} bytes of registers out"
+        assert shared <= SHARED_LIMIT
