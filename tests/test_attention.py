@@ -186,6 +186,7 @@ def cases(draw):
     return sizes, dtype, static, bias, alibi, ids, draw(st.sampled_from(["cpu", "accelerator"]))
 
 
+@pytest.mark.slow
 @given(cases())
 @settings(
     max_examples=10,
@@ -290,6 +291,7 @@ def test_packed_sequences_are_as_if_apart():
     np.testing.assert_allclose(packed, jnp.concatenate(apart, 1), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop_over_calls():
     arrays = [jnp.stack([x, 2 * x, x + 1]) for x in make(2, 80, 80, 2, 1, 8)[:3]]
 
@@ -427,6 +429,7 @@ def test_extreme_scores_overflow_nothing():
     assert (hidden == 0).all()
 
 
+@pytest.mark.slow
 def test_patterns_run():
     q, k, v = make(1, 128, 128, 4, 4, 8)[:3]
     for mask in (patterns.s2_attention(4, stride=4, block=16, local_blocks=1),

@@ -59,7 +59,7 @@ def values_and_gradients(arrays, mask, **how):
 
 @pytest.mark.parametrize(
     ("mask", "shape"),
-    [(Causal(), (4, 2)), (Causal(), (2, 4)), (BY_HEAD, (4, 2))],
+    [(Causal(), (4, 2)), (Causal(), (2, 4)), pytest.param(BY_HEAD, (4, 2), marks=pytest.mark.slow)],
     ids=["causal", "K does not divide", "by head"],
 )
 @pytest.mark.parametrize("how", ["partitioned by XLA", "sharding", "explicit"])

@@ -185,6 +185,7 @@ def test_reference_value_exceeded():
     _compare(T=128, S=512, block_kv=512, N=1, steep=30.0)
 
 
+@pytest.mark.slow
 def test_dropout_softcap_and_a_row_of_bias():
     _compare(rate=0.3, softcap=2.0, bias=(1, 1, 1, 256), T=128, S=256)
 

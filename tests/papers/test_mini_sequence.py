@@ -259,6 +259,7 @@ def test_over_pieces_visits_all_tokens_in_order():
     np.testing.assert_array_equal((y - x) / 100, np.array([[0, 0, 0, 1, 1, 1, 2]] * 2))
 
 
+@pytest.mark.slow
 def test_bf16_error_is_that_of_the_whole():
     model = decoder(tied=False)
     arrays, batch = draw(model), batch_of(13)
