@@ -6,7 +6,7 @@ are multiplied out and the dense model trains to the end, as for GPT-2 in the pa
 Command: python train.py --config=configs/monarch.py --workdir=runs/monarch
 Others: ...=configs/monarch.py:mode=sparse stays Monarch to the end, mode=dense is the baseline,
 mode=finetune projects a dense model of nine tenths of the steps onto Monarch matrices.
-Hardware: two CPU cores, about two minutes.
+Hardware: two CPU cores, minutes.
 Expected: 2.916 held-out bits per byte after the Monarch steps (747,648 parameters) and 2.929 at
 the end; 2.612 with mode=dense (1,853,568). So short a dense phase wins nothing back here (Python
 3.11.7, one seed each).

@@ -3,7 +3,7 @@
 Command: python train.py --config=configs/raftmlp.py --workdir=runs/raftmlp
 Baselines: configs/digits.py, the same model with attention and learned positions, and
 configs/poolformer.py:digits, two narrower stages with as many steps.
-Hardware: two CPU cores, about a minute.
+Hardware: two CPU cores, minutes.
 Expected: measured, seed 0, 673 steps, the 355 held-out digits (one is 0.28%): 98.0% at a loss of
 0.091 (137,226 parameters), attention 95.5% at 0.172 (202,058), poolformer 97.2% at 0.147 (230,698).
 `raft=1` reaches 97.7% at 0.098 and `raft=4` 98.6% at 0.038. One seed each, so the order of the

@@ -25,8 +25,8 @@ def block_sizes(T: int, S: int, platform: str) -> tuple[int, int]:
 
     On a CPU a quarter of the length, which leaves 10 of 16 blocks under a causal mask, from 64 to
     512. Forward and backward in ms, causal float32, medians on two shared x86-64 cores, sides of
-    64 / 128 / 256 / 512 in one run with attention that keeps its T x S weights, four blocks of
-    queries at a time:
+    64 / 128 / 256 / 512, each row in one run with attention that keeps its T x S weights, four
+    blocks of queries at a time (the machine was not idle, and up to 10 blocks were written out):
 
         B 16, N 6, T  128, H 32     16 /   23                  17
         B  8, N 4, T  256, H 64     21 /   28 /   39           23
