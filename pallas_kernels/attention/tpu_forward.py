@@ -4,9 +4,9 @@ FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) needs the maximum
 the first exponential of it, which keeps the matrix unit waiting. Here a reference value m stands in
 for the maximum: a sample of the first keys' scores. Any m gives the same result as long as no
 exponential overflows, so the straight path computes 2 ** (s - m) as scores leave the matrix unit,
-and only compares the block's maximum with m beside it. Queries that exceed m by more than 2 ** 64
-keep their old state in the straight path and are done again, exactly, with their own maximum, by
-the path that also serves queries which have no m yet.
+and only compares the block's maximum with m beside it. Queries whose scores exceed m by more than
+64 (8 in float32) keep their old state in the straight path and are done again, exactly, with their
+own maximum, by the path that also serves queries which have no m yet.
 
 Static schedule (libtpu 0.0.51, bfloat16, full mask, tile 512 x 2048): matrix-unit use of the
 largest region, and its bundles; in brackets the use of jax's splash attention at the best of its
@@ -44,8 +44,9 @@ from pallas_kernels.attention.tpu_scores import (
 )
 from pallas_kernels.attention.tpu_specs import Grid, Shape, cost, input_specs, params
 
-# An exponential may be as great as 2 ** SLACK: sums over all keys, times values, stay in float32.
-SLACK = 64.0
+# An exponential may be as great as 2 ** slack: sums over all keys, times values, stay in float32.
+# A difference of 64 is itself rounded at 4e-6: far below bfloat16's weights, not below float32's.
+SLACK, SLACK_FLOAT32 = 64.0, 8.0
 # Keys whose scores are sampled for m, and keys that the exact path does at a time.
 SAMPLE = EXACT = 128
 
@@ -124,7 +125,8 @@ def _straight(scores, state, start, size, kind=1):
     keep = scores.seen(kind, start, size)
     x = x if keep is None else jnp.where(keep, x, -INF)
     m = state["m"][...]
-    beyond = jnp.max(x, axis=0, keepdims=True) > m + SLACK
+    slack = SLACK_FLOAT32 if scores.inputs["q"].dtype == jnp.float32 else SLACK
+    beyond = jnp.max(x, axis=0, keepdims=True) > m + slack
     weights = jnp.exp2(x - m)
     total = jnp.sum(weights, axis=0, keepdims=True)
     values = _weighted(scores, weights, start, size)

@@ -165,6 +165,7 @@ def correlation(a, b):
     return np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1]
 
 
+@pytest.mark.slow
 def test_averaging_makes_scores_repeatable():
     first, second = scoring(hidden=32, steps=20, seed=1), scoring(hidden=32, steps=20, seed=2)
     single = [DataDiet().scores(s) for s in (first, second)]

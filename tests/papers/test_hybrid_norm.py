@@ -167,6 +167,7 @@ def gradient_norms(wiring, depth=12, width=32):
     return np.sqrt(np.sum(np.square(grads), axis=(1, 2, 3)))
 
 
+@pytest.mark.slow
 def test_gradients_are_more_even_over_depth_than_with_pre_norm():
     hybrid, pre = gradient_norms("hybrid_norm"), gradient_norms("pre_norm")
     assert np.isfinite(hybrid).all() and hybrid.min() > 0

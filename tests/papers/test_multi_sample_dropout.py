@@ -79,6 +79,7 @@ def test_against_the_explicit_average(samples):
     assert metrics["weight"] == weight.sum()
 
 
+@pytest.mark.slow
 def test_gradient_is_the_average_of_the_samples():
     model, batch = vision(), batch_of(4)
     arrays, context = draw(model), training()
