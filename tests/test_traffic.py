@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import Causal, attention
-from pallas_kernels.lab.traffic import traffic
+from pallas_kernels.lab import traffic
 
 
 def _copy(x_ref, o_ref):

@@ -1,0 +1,115 @@
+"""FlashAttention: exactness, what it keeps, and HBM bytes counted from the TPU kernels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient.mixers import flash_attention as paper
+from pallas_kernels.attention import BlockPattern, attention, gpu_plan
+from pallas_kernels.lab import traffic
+
+
+def recurrence(q, k, v, block):
+    """Algorithm 1 of the paper for one head in float64: O divided at every block, m and l."""
+    out, m, total = np.zeros_like(q), np.full(len(q), -np.inf), np.zeros(len(q))
+    for start in range(0, len(k), block):
+        scores = q @ k[start : start + block].T / np.sqrt(q.shape[1])
+        most = np.maximum(m, scores.max(1))
+        p, shrink = np.exp(scores - most[:, None]), np.exp(m - most)
+        old, total = shrink * total, shrink * total + p.sum(1)
+        out = (old[:, None] * out + p @ v[start : start + block]) / total[:, None]
+        m = most
+    return out, m + np.log(total)
+
+
+def naive_float32(q, k, v):
+    scores = q @ k.T / np.float32(np.sqrt(q.shape[1]))
+    p = np.exp(scores - scores.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True) @ v
+
+
+def test_blocks_are_exact():
+    random = np.random.default_rng(0)
+    q, k, v = (random.normal(size=(n, 32)) for n in (300, 700, 700))
+    q *= 3
+    arrays = [jnp.asarray(x, jnp.float32)[None, :, None] for x in (q, k, v)]
+    out, lse = attention(*arrays, return_lse=True)
+    q, k, v = (np.asarray(x[0, :, 0]) for x in arrays)
+    near = naive_float32(q, k, v)
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    right, right_lse = recurrence(q, k, v, block=96)
+    error = np.abs(np.asarray(out[0, :, 0], np.float64) - right).max()
+    assert error <= 2 * np.abs(near - right).max()
+    np.testing.assert_allclose(lse[0, 0], right_lse, rtol=1e-6)
+
+
+def _kept(T, implementation):
+    """Numbers that the backward pass keeps of one call."""
+    x = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
+
+    def pull(q, k, v):
+        return jax.vjp(functools.partial(attention, implementation=implementation), q, k, v)[1]
+
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(pull, x, x, x)))
+
+
+def test_what_backward_keeps_is_linear_in_length():
+    """q, k, v, out and the log-sum-exp; standard attention keeps its T x T weights."""
+    for T in (64, 1024):
+        assert _kept(T, None) == 4 * T * 2 * 16 + 2 * T
+        assert _kept(T, "reference") >= 2 * T * T
+
+
+def _flash(T, mask=None, N=1):
+    x = jax.ShapeDtypeStruct((1, T, N, 128), jnp.bfloat16)
+    options = {} if mask is None else {"mask": mask}
+    (found,) = traffic(functools.partial(attention, **options), x, x, x)
+    return found
+
+
+def test_hbm_bytes_are_those_of_the_theorem():
+    """Keys are read once for every 512 queries: twice the length, four times the bytes."""
+    for T in (4096, 8192):
+        log_sum_exp = 4 * T  # float32, where the formula counts elements of 2 bytes
+        elements = paper.flash_elements(T, 128, rows=512) - T
+        assert _flash(T).moved == 2 * elements + log_sum_exp
+
+
+def test_block_sparse_work_is_that_of_live_blocks():
+    """Hopper's list names the live blocks; the TPU's steps of 2048 keys those that hold one."""
+    random = np.random.default_rng(0)
+    T, block = 8192, 512
+    for density in (0.1, 0.3):
+        live = random.random((16, 16)) < density
+        live[np.arange(16), np.arange(16)] = True
+        mask = BlockPattern(live, block)
+        work = gpu_plan.work(mask, 1, T, T, block, block)
+        assert work.tiles[:, gpu_plan.COUNT].sum() == live.sum()
+        assert _flash(T, mask).steps == live.reshape(16, 4, 4).any(2).sum()
+    diagonal = _flash(T, BlockPattern(np.eye(16, dtype=bool), block))
+    assert diagonal.steps == _flash(T).steps / 4
+    # The diagonal: each block of 2048 keys once, queries once.
+    assert diagonal.moved == 2 * 4 * T * 128 + 4 * T
+
+
+@pytest.mark.slow
+def test_hbm_bytes_against_standard_attention():
+    """Standard attention as XLA compiles it for v5e, by the compiler's own count."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    standard, flash = {}, {}
+    for T in (2048, 4096):
+        x = jax.ShapeDtypeStruct((1, T, 8, 128), jnp.bfloat16, sharding=sharding)
+        call = jax.jit(functools.partial(attention, implementation="reference"))
+        compiled = call.trace(x, x, x).lower(lowering_platforms=("tpu",)).compile()
+        standard[T] = compiled.cost_analysis()["bytes accessed"]
+        flash[T] = _flash(T, N=8).moved
+        assert standard[T] >= 2 * 8 * paper.standard_elements(T, 128)
+        assert standard[T] > 10 * flash[T]
+    assert standard[4096] == pytest.approx(4 * standard[2048], rel=0.1)
