@@ -3,7 +3,8 @@
 Command: python train.py --config=configs/flash_attention_2.py --workdir=runs/flash_attention_2
 Baseline: ...=configs/flash_attention_2.py:kernel=reference, standard attention.
 Expected: 2.789 held-out bits per byte with either (Python 3.11.7, one seed).
-Hardware: two CPU cores, minutes; `--plan=v5e:2x2 --config.compute_dtype=bfloat16` shows the TPU program.
+Hardware: two CPU cores, minutes. `--plan=v5e:2x2 --config.compute_dtype=bfloat16` shows the TPU
+          program.
 Differs from small_lm: Llama's shape with 6 query heads on 2 key heads, 4 sequences of 512 tokens a
 step in place of 16 of 128, and 300 steps.
 """

@@ -33,6 +33,18 @@ ROWS: dict[tuple[str, str], list[dict]] = {
         {"at": MIXER, "heads": 4, "kv_heads": 2, "rope": 100.0, "bias": True},
         {"at": MIXER, "heads": 2, "window": 5, "softcap": 3.0},
     ],
+    ("mixer", "block_sparse_attention"): [
+        {"at": MIXER, "heads": 2, "block": 2, "factors": 2, "global_blocks": 1, "rope": 100.0}
+    ],
+    ("mixer", "lm_infinite"): [
+        {"at": MIXER, "heads": 4, "kv_heads": 2, "window": 7, "sinks": 3, "rope": 100.0}
+    ],
+    ("mixer", "longgen"): [
+        {"at": MIXER, "heads": 2, "window": 5, "stride": 3, "block": 2, "rope": 100.0}
+    ],
+    ("mixer", "s2_attention"): [
+        {"at": MIXER, "heads": 4, "kv_heads": 2, "stride": 3, "block": 2, "rope": 100.0}
+    ],
     ("mixer", "pool"): [{"at": MIXER}],
     ("mixer", "raft"): [{"at": MIXER, "raft": 2}],
     ("channel", "mlp"): [{"at": CHANNEL, "hidden": 24, "activation": "silu", "bias": True}],
@@ -51,6 +63,8 @@ ROWS: dict[tuple[str, str], list[dict]] = {
     ("position", "learned"): [{"at": "position"}],
     ("position", "no_position"): [{"at": "position"}],
 }
+# What these add to the mixers they are subclasses of is little; `make test-slow` runs them.
+SLOW = {("mixer", "block_sparse_attention"), ("mixer", "longgen")}
 CASES = [(kind, name, rule) for (kind, name), rules in ROWS.items() for rule in rules]
 LABELS = [f"{kind}-{name}-{i}" for i, (kind, name, _) in enumerate(CASES)]
 
@@ -87,7 +101,12 @@ class Case:
         return jax.jit(jax.value_and_grad(self.loss))
 
 
-@pytest.fixture(scope="module", params=CASES, ids=LABELS)
+MARKED = [
+    pytest.param(case, marks=pytest.mark.slow) if case[:2] in SLOW else case for case in CASES
+]
+
+
+@pytest.fixture(scope="module", params=MARKED, ids=LABELS)
 def case(request):
     kind, name, rule = request.param
     technique = registry.find(name, kind)

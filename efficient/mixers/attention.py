@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from efficient.errors import UserError, nearest
 from efficient.registry import register
 from efficient.scope import Context, Scope
-from pallas_kernels.attention import Causal, Full, Window, attention
+from pallas_kernels.attention import Causal, Full, Mask, Window, attention
 
 KERNELS = ("reference", "blockwise", "tpu", "gpu")
 
@@ -23,7 +23,7 @@ QKV_NORM = (
 
 
 def rotary(
-    x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float
+    x: Float[Array, "B T N H"], positions: Int[Array, "#B #T"], theta: float
 ) -> Float[Array, "B T N H"]:
     """Rotates the pairs (x_i, x_{i + H/2}) by position * theta^(-2i/H), in float32."""
     half = x.shape[-1] // 2
@@ -38,6 +38,9 @@ def rotary(
 @register("mixer", "attention")
 class Attention(nnx.Module):
     """softmax(q k^T / sqrt(H) + mask) v with N query heads and K key-value heads.
+
+    A mixer that differs in which keys are seen is a subclass that sets `mask` when it is built, or
+    overrides `mask_for` where the mask depends on the length.
 
     Args:
       heads: N; default one head of 64 features each.
@@ -98,13 +101,18 @@ class Attention(nnx.Module):
             q,
             k,
             v,
-            mask=self.mask,
+            mask=self.mask_for(x.shape[1]),
             segment_ids=context.segment_ids,
             softcap=self.softcap,
             sharding=context.of_heads(self.heads),
             implementation=self.kernel,
         )
         return self.out(y.reshape(*y.shape[:2], -1), context)
+
+    def mask_for(self, length: int) -> Mask:
+        """Which of `length` queries sees which of as many keys."""
+        del length
+        return self.mask
 
     def init_state(self, batch: int, length: int, dtype):
         """Empty key and value caches [B, length, K, H] and the number of tokens in them."""
@@ -117,25 +125,43 @@ class Attention(nnx.Module):
         q, k, v = self._project(x, jnp.full((1, 1), index), context)
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), index, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), index, axis=1)
-        distance = index - jnp.arange(keys.shape[1])
-        seen = (distance >= 0) & (distance < (self.window or keys.shape[1]))
-        bias = jnp.where(seen, 0.0, -jnp.inf)[None, None, None]
+        y = self._attend_one(q, keys, values, jnp.arange(keys.shape[1]), index)
+        return self.out(y, context), (keys, values, index + 1)
+
+    def _attend_one(
+        self,
+        q: Float[Array, "B 1 N H"],
+        keys: Float[Array, "B S K H"],
+        values: Float[Array, "B S K H"],
+        held: Int[Array, "S"] | Int[Array, "N S"],
+        index: Int[Array, ""],
+    ) -> Float[Array, "B 1 D"]:
+        """The query at position `index` over cached keys at positions `held`, heads joined.
+
+        Of the mask only its elements are asked; what lies after `index` is hidden in any case.
+        """
+        mask = self.mask_for(keys.shape[1])
+        head = jnp.arange(self.heads)[:, None] if mask.names_heads() else 0
+        seen = (held <= index) & mask.element(head, index, held)
         y = attention(
             q,
             keys.astype(q.dtype),
             values.astype(q.dtype),
-            bias=bias,
+            bias=jnp.where(jnp.atleast_2d(seen), 0.0, -jnp.inf)[None, :, None],
             softcap=self.softcap,
             implementation="reference",
         )
-        return self.out(y.reshape(*y.shape[:2], -1), context), (keys, values, index + 1)
+        return y.reshape(*y.shape[:2], -1)
 
     def _project(self, x, positions, context):
+        q, k, v = self._heads_of(x, context)
+        if self.rope is not None:
+            q, k = rotary(q, positions, self.rope), rotary(k, positions, self.rope)
+        return q, k, v
+
+    def _heads_of(self, x, context):
         batch, length, _ = x.shape
         q = self.q(x, context).reshape(batch, length, self.heads, self.head_size)
         k = self.k(x, context).reshape(batch, length, self.kv_heads, self.head_size)
         v = self.v(x, context).reshape(batch, length, self.kv_heads, self.head_size)
-        q, k, v = self.q_norm(q, context), self.k_norm(k, context), self.v_norm(v, context)
-        if self.rope is not None:
-            q, k = rotary(q, positions, self.rope), rotary(k, positions, self.rope)
-        return q, k, v
+        return self.q_norm(q, context), self.k_norm(k, context), self.v_norm(v, context)

@@ -41,10 +41,7 @@ def train(argv: list[str]) -> None:
     flags.DEFINE_bool("json", False, "With --plan: print JSON.", flag_values=values)
     _define_processes(values)
     _parse(values, argv, required=("config",))
-    config = values.config
-    if not isinstance(config, ConfigDict):
-        _check_file(config_flags.get_config_filename(values["config"]))
-        raise UserError(f"get_config must return a ConfigDict, got {type(config).__name__}")
+    config = _config(values)
     if values.plan:
         _plan(config, values.plan, values.json)
         return
@@ -57,7 +54,7 @@ def train(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """`eval.py`: metrics of a run's newest checkpoint as JSON, or a sample of text."""
+    """`eval.py`: metrics of a run's newest checkpoint as JSON, also by length, or a sample."""
     _look_for_no_absent_tpu()
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
@@ -65,6 +62,14 @@ def evaluate(argv: list[str]) -> None:
     flags.DEFINE_integer("length", 100, "New tokens of the sample.", flag_values=values)
     flags.DEFINE_float(
         "temperature", 0.8, "Of the sample; 0 takes the likeliest.", flag_values=values
+    )
+    flags.DEFINE_list("lengths", None, "Lengths of context: 128,256,512.", flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Put the run's parameters into the model of this config instead of its own.",
+        flag_values=values,
+        sys_argv=argv,
     )
     _parse(values, argv, required=("workdir",))
     path = pathlib.Path(values.workdir) / "config.json"
@@ -76,9 +81,25 @@ def evaluate(argv: list[str]) -> None:
         config = ConfigDict(json.loads(path.read_text()))
     except ValueError:
         raise UserError(f"{path} is damaged; start the run's train.py again to mend it") from None
+    if values.config is not None:
+        config = _config(values)
+    if values.lengths is not None:
+        _evaluate_lengths(config, values, argv)
+        return
     from efficient.training import loop
 
     loop.evaluate(config, values.workdir, values.prompt, values.length, values.temperature)
+
+
+def _evaluate_lengths(config: ConfigDict, values: flags.FlagValues, argv: list[str]) -> None:
+    try:
+        lengths = [int(n) for n in values.lengths]
+    except ValueError:
+        raise UserError(f"--lengths={','.join(values.lengths)}: give numbers, 128,256") from None
+    given = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), None)
+    from efficient.training import lengths as by_length
+
+    by_length.evaluate(config, values.workdir, lengths, given or "as trained")
 
 
 def _look_for_no_absent_tpu() -> None:
@@ -210,6 +231,15 @@ def _parse(values: flags.FlagValues, argv: list[str], required: tuple[str, ...])
     for name in required:
         if values[name].value is None:
             raise UserError(f"--{name} is missing; see the top of {pathlib.Path(argv[0]).name}")
+
+
+def _config(values: flags.FlagValues) -> ConfigDict:
+    """What the config file gave."""
+    config = values.config
+    if not isinstance(config, ConfigDict):
+        _check_file(config_flags.get_config_filename(values["config"]))
+        raise UserError(f"get_config must return a ConfigDict, got {type(config).__name__}")
+    return config
 
 
 def _check_file(name: str) -> None:

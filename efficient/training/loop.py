@@ -349,6 +349,19 @@ class Trainer:
         return multihost_utils.reached_preemption_sync_point(step)
 
 
+def restored(run: Run, folder: pathlib.Path) -> tuple[Phase, step_lib.State]:
+    """The newest checkpoint of `folder` and its phase, with surgery after the last step done."""
+    with Checkpointer(str(folder / "checkpoints")) as checkpoints:
+        trainer = Trainer(run, folder, checkpoints)
+        if checkpoints.latest() is None:
+            raise UserError(f"{folder} holds no checkpoint yet; train first")
+        phase, state = trainer.begin()
+        for last in run.phases[phase.index + 1 :]:
+            if last.stop == int(state["step"]):
+                phase, (state, _) = last, run.pass_on(last, state)
+    return phase, state
+
+
 def evaluate(
     config: ConfigDict, workdir: str, prompt: str | None, length: int, temperature: float
 ) -> None:
@@ -357,14 +370,7 @@ def evaluate(
     if prompt is not None:
         config.sample = {"prompt": prompt, "length": length, "temperature": temperature}
     run = Run(config)
-    with Checkpointer(str(folder / "checkpoints")) as checkpoints:
-        trainer = Trainer(run, folder, checkpoints)
-        if checkpoints.latest() is None:
-            raise UserError(f"{folder} holds no checkpoint yet; train first")
-        phase, state = trainer.begin()
-        for last in run.phases[phase.index + 1 :]:  # surgery after the last step
-            if last.stop == int(state["step"]):
-                phase, (state, _) = last, run.pass_on(last, state)
+    phase, state = restored(run, folder)
     if prompt is not None:
         print_line(sample_text(run, phase, state))
         return
