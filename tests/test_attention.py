@@ -342,7 +342,7 @@ class FakeKernels:
 def kernels(monkeypatch):
     fake = FakeKernels()
     monkeypatch.setattr(dispatch, "_kernels", lambda name: fake if name == "tpu" else None)
-    monkeypatch.setattr(dispatch, "_WARNED", set())
+    monkeypatch.setattr("pallas_kernels.dispatch.WARNED", set())
     jax.clear_caches()
     yield fake
     jax.clear_caches()

@@ -1,20 +1,17 @@
-"""Which implementation runs: decided when the program is lowered, by the platform it is for."""
+"""Which implementation of attention runs, on the choice of `pallas_kernels.dispatch`."""
 
 import functools
 import importlib
-import warnings
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import blockwise
 
 # Platform of XLA -> the module that holds its kernels, under the name of `implementation`.
 KERNELS = {"tpu": "tpu", "cuda": "gpu"}
 # Taken without being asked for. Those for GPUs have been compiled and interpreted, but never run.
 BY_DEFAULT = ("tpu",)
-_WARNED = set()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -31,30 +28,14 @@ def run(direction, implementation, settings, *arrays):
     call = functools.partial(_call, direction, settings)
     on_cpu = functools.partial(call, blockwise, platform="cpu")
     elsewhere = functools.partial(call, blockwise, platform="accelerator")
-    if implementation == "blockwise":
-        return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
-    branches = {}
+    kernels = {}
     for platform, name in KERNELS.items():
-        if name not in (implementation, *BY_DEFAULT):
-            continue
-        module = _kernels(name)
-        reason = _unsupported(module, name, arrays, settings)
-        if reason is None:
-            branches[platform] = functools.partial(call, module)
-        elif implementation == name:
-            raise ValueError(f"attention: implementation={name!r} cannot do this: {reason}")
-        elif module is not None:
-            message = f"attention: not the {name} kernel but blockwise: {reason}"
-            branches[platform] = _saying(elsewhere, message, fatal=False)
-    if implementation is None:
-        return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere, **branches)
-    here = next(platform for platform, name in KERNELS.items() if name == implementation)
-    message = (
-        f"attention: implementation={implementation!r} needs a {implementation.upper()}; "
-        "accepted elsewhere: None, 'blockwise', 'reference'"
-    )
-    refuse = _saying(on_cpu, message, fatal=True)
-    return jax.lax.platform_dependent(*arrays, default=refuse, **{here: branches[here]})
+        if name in (implementation, *BY_DEFAULT):
+            module = _kernels(name)
+            reason = _unsupported(module, name, arrays, settings)
+            here = None if module is None else functools.partial(call, module)
+            kernels[platform] = dispatch.Kernel(name, here, reason)
+    return dispatch.choose("attention", implementation, arrays, on_cpu, elsewhere, kernels)
 
 
 def _call(direction, settings, module, *arrays, **options):
@@ -80,34 +61,6 @@ def _unsupported(module, name, arrays, settings):
     """Why a platform's kernels cannot do this; None where they can."""
     if module is None:
         return f"there is no {name} kernel in this version"
-    if any(blockwise.varying_axes(x) for x in jax.tree.leaves(arrays)):
+    if dispatch.manual(arrays):
         return "inside shard_map a kernel needs check_vma=False"
     return module.unsupported(*arrays[:7], settings)
-
-
-def _saying(function, message, fatal):
-    """function, which warns (or fails) when it is lowered: a branch not taken never is."""
-
-    def saying(q, *rest):
-        return function(_say.bind(q, message=message, fatal=fatal), *rest)
-
-    return saying
-
-
-_say = Primitive("attention_says")
-_say.def_abstract_eval(lambda x, **_: x)
-_say.def_impl(lambda x, message, fatal: _lowered(None, x, message=message, fatal=fatal))
-batching.defvectorized(_say)
-ad.deflinear2(_say, lambda cotangent, _, **params: [cotangent])
-
-
-def _lowered(_, x, *, message, fatal):
-    if fatal:
-        raise ValueError(message)
-    if message not in _WARNED:
-        _WARNED.add(message)
-        warnings.warn(message, stacklevel=2)
-    return [x]
-
-
-mlir.register_lowering(_say, _lowered)

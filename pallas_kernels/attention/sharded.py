@@ -9,29 +9,29 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention.masks import Heads
+from pallas_kernels.mesh import layout, place, size
 
 
 def over_mesh(compute, arrays, settings, sharding):
     """compute(*arrays, settings) -> (out, lse), in shard_map where the layout of q is known."""
     q, k, v, bias, alibi, segment_ids, seeds = arrays
-    found = _layout(q, sharding)
+    found = layout("attention", q, sharding)
     if found is None:
         return compute(*arrays, settings)
     mesh, b, n, explicit = found
-    heads = _size(mesh, n)
-    if q.shape[0] % _size(mesh, b) or q.shape[2] % heads:
+    heads = size(mesh, n)
+    if q.shape[0] % size(mesh, b) or q.shape[2] % heads:
         raise ValueError(
             f"attention: sharding must divide q's batch {q.shape[0]} and heads {q.shape[2]}; "
-            f"mesh axes {b} have size {_size(mesh, b)}, {n} {heads}"
+            f"mesh axes {b} have size {size(mesh, b)}, {n} {heads}"
         )
     # As many key heads as there are shards of them, and a multiple of what there are.
     copies = heads // math.gcd(k.shape[2], heads)
     if copies > 1:
-        k, v = (_place(x, mesh, P(b, None, None, None), explicit) for x in (k, v))
+        k, v = (place(x, mesh, P(b, None, None, None), explicit) for x in (k, v))
         k, v = (jnp.repeat(x, copies, 2) for x in (k, v))
 
     whole = P(b, None, n, None)
@@ -42,7 +42,7 @@ def over_mesh(compute, arrays, settings, sharding):
     specs[5] = None if segment_ids is None else (P(b, None), P(b, None))
     specs[6] = None if seeds is None else P(b, n, None)
     arrays = q, k, v, bias, alibi, segment_ids, seeds
-    arrays = jax.tree.map(lambda x, spec: _place(x, mesh, spec, explicit), arrays, tuple(specs))
+    arrays = jax.tree.map(lambda x, spec: place(x, mesh, spec, explicit), arrays, tuple(specs))
     shares = _masks_by_shard(settings.mask, q.shape[2], heads)
 
     def local(*arrays):
@@ -60,40 +60,6 @@ def over_mesh(compute, arrays, settings, sharding):
         out_specs=(whole, P(b, n, None)),
         check_vma=False,  # a pallas_call does not say how its results vary
     )(*arrays)
-
-
-def _layout(q, sharding):
-    """(mesh, axes of the batch, of the heads, explicit), or None where XLA is to partition."""
-    explicit = sharding is None
-    if explicit:
-        sharding = getattr(jax.typeof(q), "sharding", None)
-        types = getattr(getattr(sharding, "mesh", None), "axis_types", ())
-        if not types or any(kind == AxisType.Manual for kind in types):
-            return None
-        if all(kind != AxisType.Explicit for kind in types):
-            return None
-    elif not isinstance(sharding, NamedSharding) or len(sharding.spec) > 4:
-        raise ValueError(
-            "attention: sharding must be NamedSharding(mesh, P(batch_axes, None, head_axes, None)) "
-            f"or None, got {sharding!r}"
-        )
-    b, t, n, h = (*sharding.spec, *(None,) * (4 - len(sharding.spec)))
-    if t is not None or h is not None:
-        raise ValueError(
-            f"attention: sharding must leave T and H whole, P(batch_axes, None, head_axes, None); "
-            f"got {sharding.spec}; for sequence parallelism attend to parts and merge"
-        )
-    return sharding.mesh, b, n, explicit
-
-
-def _place(x, mesh, spec, explicit):
-    """On Explicit axes shard_map takes nothing that is laid out otherwise."""
-    return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if explicit else x
-
-
-def _size(mesh, axes):
-    axes = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
-    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _masks_by_shard(mask, heads, shards):
