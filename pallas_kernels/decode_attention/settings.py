@@ -1,0 +1,24 @@
+"""What is static about a call of decode attention: hashable, shared by all implementations."""
+
+from typing import NamedTuple
+
+
+class Settings(NamedTuple):
+    """Static arguments of decode attention.
+
+    scale: q k^T is multiplied by it.
+    softcap: scores become softcap * tanh(scores / softcap).
+    window: a query sees keys at a distance below this; None for all.
+    splits: parts of each row's keys that are done apart and merged; None: the implementation's.
+    block: keys of a block; None: the implementation's.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    window: int | None = None
+    splits: int | None = None
+    block: int | None = None
+
+    def first(self, lengths, T: int):
+        """The first key that any of the last T queries of rows of these lengths sees."""
+        return lengths * 0 if self.window is None else (lengths - T - self.window + 1).clip(0)
