@@ -103,6 +103,7 @@ def test_a_layout_that_does_not_fit_is_refused():
             attention(q, k, v, sharding=NamedSharding(mesh, spec))
 
 
+@pytest.mark.slow
 def test_parts_of_the_keys_merge_exactly_with_gradients():
     q, k, v = make()[:3]
 

@@ -63,8 +63,9 @@ ROWS: dict[tuple[str, str], list[dict]] = {
     ("position", "learned"): [{"at": "position"}],
     ("position", "no_position"): [{"at": "position"}],
 }
-# What these add to the mixers they are subclasses of is little; `make test-slow` runs them.
-SLOW = {("mixer", "block_sparse_attention"), ("mixer", "longgen")}
+# What these add to the mixer that they are subclasses of is little, as is a technique's second row:
+# `make test-slow` runs them.
+SUBCLASSES = {"block_sparse_attention", "lm_infinite", "longgen", "s2_attention"}
 CASES = [(kind, name, rule) for (kind, name), rules in ROWS.items() for rule in rules]
 LABELS = [f"{kind}-{name}-{i}" for i, (kind, name, _) in enumerate(CASES)]
 
@@ -101,9 +102,11 @@ class Case:
         return jax.jit(jax.value_and_grad(self.loss))
 
 
-MARKED = [
-    pytest.param(case, marks=pytest.mark.slow) if case[:2] in SLOW else case for case in CASES
-]
+def _is_slow(kind, name, rule):
+    return name in SUBCLASSES or rule is not ROWS[kind, name][0]
+
+
+MARKED = [pytest.param(case, marks=[pytest.mark.slow] * _is_slow(*case)) for case in CASES]
 
 
 @pytest.fixture(scope="module", params=MARKED, ids=LABELS)

@@ -281,6 +281,7 @@ class Blank:
         return {path: jnp.zeros_like(array) for path, array in values.items()}
 
 
+@pytest.mark.slow
 def test_surgery_after_the_last_step_is_what_is_evaluated(tmp_path, capsys):
     config = tiny.config(common.phase(2), common.phase(0, surgery=[{"name": "test_blank"}]))
     uniform = np.log(16)  # nats, of a model whose logits are all zero
@@ -365,7 +366,8 @@ def test_scanned_blocks_equal_unrolled_ones():
     np.testing.assert_allclose(scanned_metrics["loss"], unrolled_metrics["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("scan_from", [1, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan_from", [1, 6])
 def test_recomputation_changes_no_gradient(scan_from):
     phase = common.phase(2, optimizer=SGD)
     found = {}

@@ -81,7 +81,9 @@ def one_device(request):
     return request.param, expected, noise
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "all")) for n in MESHES]
+)
 def test_a_mesh_takes_the_steps_of_one_device(one_device, name):
     shape, expected, noise = one_device
     run, state = tiny.start(shaped(shape, MESHES[name]), jax.devices())

@@ -137,6 +137,7 @@ def test_survivors_are_rewound_to_the_last_bit():
             np.testing.assert_array_equal(values[moved], array)
 
 
+@pytest.mark.slow
 def test_rewinding_equals_the_start_of_a_scanned_model():
     """Blocks that are drawn stacked are rewound as single layers, to the same bits."""
     from models.decoder import Decoder

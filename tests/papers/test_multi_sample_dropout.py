@@ -54,6 +54,7 @@ def test_dropout_samples_are_masks_of_their_own():
 
 
 @pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.slow
 def test_against_the_explicit_average(samples):
     """Each sample's loss by itself, in float64 NumPy, from the masks drawn with the same key."""
     model, batch, rate = vision(), batch_of(6), 0.5
