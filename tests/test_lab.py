@@ -130,6 +130,24 @@ def test_a_loop_of_unknown_length_is_not_guessed():
     assert kernel.mxu_use(1e9) is None and kernel.schedule_seconds() is None
 
 
+def test_inner_loops_run_as_often_as_a_program_says():
+    """The recorded inner loop runs 8 times by its exit test; no exit test is needed then."""
+    bundles, use = recorded()
+    dynamic = bundles.replace(", 8 /* loop exit test", ", %s7 /* loop exit test")
+    inner = 0xF6 - 0x54 + 1
+    for found in (schedule.read_schedule(bundles, use), schedule.read_schedule(dynamic, use)):
+        said = found.with_inner_runs((0.5,))
+        assert said.loop_cycles == found.loop_bundles - 0.5 * inner
+        none = found.with_inner_runs((0.0,))
+        assert none.loop_cycles == found.loop_bundles - inner
+        assert none.region.depth == 1
+        assert none.loop_matmul == sum(r.slots.matmul for r in found.regions if r.depth == 1)
+    case = Case("x", {"f": print}, (3,), {}, {})
+    program = Program(print, inner_runs=lambda n: {"forward": (n, 0.0)})
+    assert program.inner_runs_of("attention_forward.1", case.args) == (3, 0.0)
+    assert program.inner_runs_of("attention_backward.1", case.args) is None
+
+
 def test_dumps_that_do_not_fit_are_refused():
     bundles, use = recorded()
     with pytest.raises(ValueError, match="290 bundles, 289 rows"):

@@ -35,6 +35,10 @@ class Program:
       live_steps: part of a kernel's name -> grid steps of it that do work, of the given args; the
         others are taken to cost the loop without its largest region. A kernel that is not named
         does work in every step.
+      inner_runs: part of a kernel's name -> how often the bodies of the loops inside its grid loop
+        run in a grid step, on average, of the given args: by depth, as for
+        `Schedule.with_inner_runs`. Where it is not said, a loop runs in every step, to its end:
+        name kernels whose inner loops are for exceptions.
       rename: part of a kernel's name -> what to put in its place, where the name alone does not
         say which work it does.
     """
@@ -42,6 +46,7 @@ class Program:
     fn: Callable
     label: str = ""
     live_steps: Callable[..., Mapping[str, int]] | None = None
+    inner_runs: Callable[..., Mapping[str, Sequence[float]]] | None = None
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __call__(self, *args):
@@ -60,6 +65,10 @@ class Program:
     def live_steps_of(self, kernel: str, args: tuple[Any, ...]) -> int | None:
         """Steps of the kernel named `kernel` that do work; None where all of them do."""
         return None if self.live_steps is None else _lookup(self.live_steps(*args), "", kernel)
+
+    def inner_runs_of(self, kernel: str, args: tuple[Any, ...]) -> Sequence[float] | None:
+        """Runs of the inner loops of the kernel named `kernel`; None where the program is mute."""
+        return None if self.inner_runs is None else _lookup(self.inner_runs(*args), "", kernel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +114,6 @@ class Case:
         return _lookup(self.hbm_bytes, role, kernel)
 
 
-def _lookup(table: Mapping[str, float], role: str, kernel: str) -> float | None:
+def _lookup(table: Mapping[str, Any], role: str, kernel: str) -> Any:
     parts = [key for key in table if key in kernel]
     return table[max(parts, key=len)] if parts else table.get(role)

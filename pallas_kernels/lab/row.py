@@ -113,8 +113,12 @@ def times(case: Case, role: str, kernel: str, target: str) -> dict[str, float | 
 
 def tpu_row(work: Case, program: Program, report: KernelReport, **what) -> Row:
     """The row of a kernel that compiled. `what` names op, case, role, target and peer."""
-    schedule, role, name = report.schedule, what["role"], program.name_of(report.name)
-    live = program.live_steps_of(name, work.args_of(role))
+    role, name = what["role"], program.name_of(report.name)
+    inner = program.inner_runs_of(name, work.args_of(role))
+    if inner is not None:
+        schedule = report.schedule.with_inner_runs(inner)
+        report = dataclasses.replace(report, schedule=schedule)
+    schedule, live = report.schedule, program.live_steps_of(name, work.args_of(role))
     flops = work.flops_of(role, name)
     slot, use = schedule.busiest()
     return Row(

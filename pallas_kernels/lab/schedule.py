@@ -13,7 +13,7 @@ the rest of the loop is what each grid step costs beside it.
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _ADDRESS = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*(>*)[ >]*\{")
@@ -69,15 +69,15 @@ class Region:
       start: address of the first bundle.
       bundles: cycles it takes once.
       depth: loops it is in; 1 is the grid loop alone.
-      runs: times it runs in one pass of the grid loop, by the inner loops' constant exit tests;
-        None where an inner loop's length is not a constant.
+      runs: times it runs in one pass of the grid loop, by the inner loops' constant exit tests
+        (or on average, by `with_inner_runs`); None where an inner loop's length is not a constant.
       slots: used in all its bundles together.
     """
 
     start: int
     bundles: int
     depth: int
-    runs: int | None
+    runs: float | None
     slots: Slots
 
 
@@ -105,8 +105,8 @@ class Schedule:
 
     bundles: int
     loop_bundles: int
-    loop_cycles: int | None
-    loop_matmul: int | None
+    loop_cycles: float | None
+    loop_matmul: float | None
     has_loop: bool
     loop_trips: int | None
     regions: tuple[Region, ...]
@@ -118,7 +118,29 @@ class Schedule:
     @property
     def region(self) -> Region:
         """The straight region of the grid loop with the most cycles in one pass of it."""
-        return max(self.regions, key=lambda region: region.bundles * (region.runs or 1))
+        return max(self.regions, key=lambda r: r.bundles * (1 if r.runs is None else r.runs))
+
+    def with_inner_runs(self, inner_runs: Sequence[float]) -> "Schedule":
+        """The schedule where loops inside the grid loop run as often as is known from elsewhere.
+
+        Args:
+          inner_runs: how often the bodies of such loops run in a pass of the grid loop, on average:
+            those directly in it, those in these, and so on; deeper ones are left as they are.
+        """
+        base = min(region.depth for region in self.regions)
+
+        def runs(region):
+            inside = region.depth - base
+            return inner_runs[inside - 1] if 0 < inside <= len(inner_runs) else region.runs
+
+        regions = tuple(dataclasses.replace(r, runs=runs(r)) for r in self.regions)
+        known = all(r.runs is not None for r in regions)
+        return dataclasses.replace(
+            self,
+            regions=regions,
+            loop_cycles=sum(r.bundles * r.runs for r in regions) if known else None,
+            loop_matmul=sum(r.slots.matmul * r.runs for r in regions) if known else None,
+        )
 
     def use(self, slot: str) -> float:
         """Fraction of a slot's capacity that the largest region uses, such as `use("valu")`."""
