@@ -253,6 +253,7 @@ def test_memory_is_linear_in_length():
     assert whole < 20 * 16384 * 4 * 64 * 4  # twenty arrays like q; the scores would be 256
 
 
+@pytest.mark.slow
 def test_dropout_drops_at_its_rate_and_keeps_the_mean():
     T = S = 256
     seeds = dropout.seeds(KEY, 2, 2)

@@ -181,6 +181,7 @@ def test_eight_devices_equal_one(case):
         np.testing.assert_allclose(eight[1][path], grad, atol=2e-5 * scale + 1e-9, err_msg=path)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_and_extremes_stay_finite(case):
     full, _ = case.value_and_grad(case.arrays, case.batch)
     half, _ = case.value_and_grad(cast(case.arrays, jnp.bfloat16), case.batch)

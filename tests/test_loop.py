@@ -162,6 +162,7 @@ def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path, packed):
     assert min(moved) > 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_on_float32_weights():
     phase = common.phase(20, optimizer={"name": "adamw", "learning_rate": 3e-3}, ema=0.9)
     _, metrics = tiny.states(tiny.config(phase, depth=1), 20)
@@ -248,6 +249,7 @@ def test_learning_rate_multipliers_are_exact(plain):
     assert exact >= 8
 
 
+@pytest.mark.slow
 def test_weight_decay_is_what_the_rules_say():
     rate, decay = 0.01, 0.5
     adamw = {"name": "adamw", "learning_rate": rate, "weight_decay": decay}

@@ -214,6 +214,7 @@ def test_bad_sizes_are_refused():
         host([HEADS | {"sizes": [8, 16]}])
 
 
+@pytest.mark.slow
 def test_zero_and_large_features_stay_finite():
     model = host([HEADS])
     for scale in (0.0, 1e5):
