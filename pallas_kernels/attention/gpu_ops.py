@@ -110,6 +110,10 @@ class Ring(NamedTuple):
         return [buffer.at[stage] for buffer in self.buffers[group]]
 
     def free(self, group, stage):
+        if len(self.buffers[group]) > 1:
+            # What is beside an operand was read by the threads, not by wgmma: their reads are
+            # made known to the copy engine before it may write there again.
+            plgpu.commit_smem()
         plgpu.barrier_arrive(self.freed[group].at[stage])
 
     def free_all(self):
@@ -239,7 +243,7 @@ class Machine:
         """
         if not self.chip:
             meanwhile()
-            return jnp.dot(_wide(a[...]), _wide(b[...]).T, precision="highest")
+            return jnp.dot(_wide(self._load(a)), _wide(self._load(b)).T, precision="highest")
 
         def multiply(result):
             plgpu.wgmma(result, a, b.transpose((1, 0)))
@@ -251,8 +255,14 @@ class Machine:
     def add_product(self, total, a, b):
         """total + a b, of a [m, n] in registers and b [n, H] in shared memory."""
         if not self.chip:
-            return total + jnp.dot(_wide(a), _wide(b[...]), precision="highest")
+            return total + jnp.dot(_wide(a), _wide(self._load(b)), precision="highest")
         return pl.run_state(lambda result: plgpu.wgmma(result, a, b))(plgpu.ACC.init(total))
+
+    def _load(self, ref):
+        """An operand, where the interpreter's threads read what wgmma reads on the chip."""
+        value = ref[...]
+        plgpu.commit_smem()  # wgmma needs none; see Ring.free
+        return value
 
 
 def along_rows(x, shape):
