@@ -18,11 +18,6 @@ def get_config(arg=None):
     """The config; `kv_heads` of the attention, which divides its heads."""
     arg = common.parse(arg, kv_heads=2, steps=100)
     config = common.small_lm(arg, steps=arg.steps)
-    if arg.smoke:
-        arg.kv_heads = 1
-    rules = [dict(rule) for rule in config.rules]
-    for rule in rules:
-        if rule["use"] == "attention":
-            rule["kv_heads"] = arg.kv_heads
-    config.rules = rules
+    grouped = {"kv_heads": arg.kv_heads}
+    config.rules = [r | grouped if r["use"] == "attention" else r for r in config.rules]
     return config

@@ -154,6 +154,7 @@ def test_float64_is_computed_in_float64(implementation):
         found = call(arrays, implementation, **options)
         expected = expectation(arrays, **options)
         for name, value in found.items():
+            # Float32 anywhere inside would err by 1e-7.
             np.testing.assert_allclose(value, expected[name], rtol=1e-11, atol=1e-12, err_msg=name)
 
 

@@ -231,6 +231,7 @@ def compile_case(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_for_an_h200_without_spills(name):
+    """Skipped without jax[cuda13], 4.5 GB, which `make lab-gpu` installs and CI does not."""
     python = interpreter()
     if python is None:
         pytest.skip(INSTALL)

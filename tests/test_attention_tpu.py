@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import dropout, masks, tpu, tpu_plan
+from pallas_kernels.attention import cases, dropout, masks, tpu, tpu_plan
 from pallas_kernels.attention.masks import BlockPattern, Causal, Empty, Full, Heads, Sinks, Window
 from pallas_kernels.attention.settings import Settings
 
@@ -65,6 +65,16 @@ def test_plan_covers_the_mask(mask, T, S, group):
     tiles = -(-S // tile.block_kv) if group else -(-T // tile.block_q)
     parts = len(heads) // (group if group and plan.head is not None else 1)
     assert len(set(owners)) == len(starts) == tiles * parts, "every output is written once"
+
+
+def test_inner_runs_of_the_laboratory_are_the_pieces_of_partial_tiles():
+    """T 4096 in tiles of 512 x 2048 (backward 512 x 1024), pieces of 512, counted by hand."""
+    q = jax.ShapeDtypeStruct((1, 4096, 2, 128), jnp.bfloat16)
+    full, causal = (cases.pieces_by_mask(mask)(q, q, q) for mask in (Full(), Causal()))
+    assert full["forward"] == full["backward"] == (0.0, 0.0)
+    # Tile of queries i has i + 1 live pieces in a row of 8; the blocks before its last are whole.
+    assert causal["forward"] == ((1 + 2 + 3 + 4) * 2 / (4 * 1 + 4 * 2), 0.0)
+    assert causal["backward"] == ((1 + 2) * 4 / (2 * (1 + 2 + 3 + 4)), 0.0)
 
 
 def test_empty_blocks_cost_nothing():

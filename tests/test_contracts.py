@@ -219,7 +219,7 @@ def test_the_future_and_other_documents_stay_hidden(case):
 
 def test_decoding_equals_the_parallel_form(case):
     if case.images or case.technique.declares.get("decode") is False:
-        pytest.skip("declares no one-token form")
+        pytest.skip("images have no next token, or the technique declares decode=False")
 
     def decode(arrays, tokens):
         model = model_lib.bind(case.model, arrays)

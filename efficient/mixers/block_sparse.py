@@ -1,9 +1,9 @@
 """Block-sparse attention: whole blocks of scores are seen or not, by a fixed butterfly pattern.
 
-The block-sparse variant of FlashAttention (Dao, Fu, Ermon, Rudra and Re 2022, arXiv 2205.14135,
-section 3.3) leaves out the blocks of scores that a pattern calls zero, so that work falls with the
-share of the live ones; for its experiments it takes the pattern of Pixelated Butterfly (Chen et al.
-2021, arXiv 2112.00029): blocks i and j meet where
+The block-sparse variant of FlashAttention (Dao, Fu, Ermon, Rudra and Re 2022, arXiv 2205.14135)
+leaves out the blocks of scores that a pattern calls zero, so that work falls with the share of the
+live ones. The pattern here is that of Pixelated Butterfly (Chen et al. 2021, arXiv 2112.00029):
+blocks i and j meet where
 
     i = j,   or   i xor j is one of 1, 2, 4, ..., 2^(factors - 1),   or   min(i, j) < global_blocks
 

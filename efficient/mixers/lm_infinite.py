@@ -47,7 +47,7 @@ PAPER = Paper(
             "bit for bit",
         ),
         Claim(
-            "fluent far beyond the training length, where the model itself fails",
+            "perplexity stays flat far beyond the training length, where the model itself fails",
             f"{_TEST}::test_flat_beyond_the_training_length_where_attention_fails",
             True,
             "up to 16 times the training length, also docs/lm_infinite.png; a sliding window"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.attention import dispatch, dropout, sharded
 from pallas_kernels.attention.checks import check
 from pallas_kernels.attention.masks import Full, Mask
+from pallas_kernels.attention.merge import with_sinks
 from pallas_kernels.attention.reference import reference
 from pallas_kernels.attention.settings import Settings
 
@@ -95,15 +96,8 @@ def attention(
     compute = functools.partial(compute, implementation)
     out, lse = sharded.over_mesh(compute, arrays, settings, sharding)
     if sinks is not None:
-        out, lse = _with_sinks(out, lse, sinks)
+        out, lse = with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
-
-
-def _with_sinks(out, lse, sinks):
-    """With exp(sink) in the sum of each row: the others' weights shrink by 1 - its share."""
-    sinks = sinks.astype(lse.dtype)[:, None]
-    share = jnp.swapaxes(jax.nn.sigmoid(lse - sinks), 1, 2)[..., None]
-    return (out * share).astype(out.dtype), jnp.logaddexp(lse, sinks)
 
 
 def _reference(_, q, k, v, bias, alibi, segment_ids, seeds, settings):

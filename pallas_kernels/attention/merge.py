@@ -48,3 +48,13 @@ def merge(
     out = sum(share * out.astype(wide) for share, (out, _) in zip(shares, parts, strict=True))
     lse = jnp.where(some, most + jnp.log(divisor), -jnp.inf)
     return out.astype(parts[0][0].dtype if dtype is None else dtype), lse
+
+
+def with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(out [B, T, N, H], lse [B, N, T]) with exp(sinks[n]) in the sum of each row of head n.
+
+    The others' weights shrink by 1 - its share; a sink has no value of its own. `sinks` is [N].
+    """
+    sinks = sinks.astype(lse.dtype)[:, None]
+    share = jnp.swapaxes(jax.nn.sigmoid(lse - sinks), 1, 2)[..., None]
+    return (out * share).astype(out.dtype), jnp.logaddexp(lse, sinks)

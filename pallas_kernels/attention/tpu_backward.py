@@ -2,9 +2,9 @@
 
 Weights are computed again from the log-sum-exp: P = 2 ** (s - lse), dS = P * (dP - delta), with
 delta = rowsum(dO * O) - dlse made outside. (A log-sum-exp of 28 is rounded at 1e-6 in float32, and
-so are weights made of it: with every key that far below 0, as under ALiBi with a mask that ends
-before its positions do, gradients err up to 4 times as much as naive attention's.) There is no
-maximum to wait for, so each tile is one straight region. Two ways, both deterministic:
+so are weights made of it: with every key that far below 0, under ALiBi with a mask that ends before
+its positions do, gradients erred 3.0 to 4.2 times as much as naive attention's, at S 256.) There is
+no maximum to wait for, so each tile is one straight region. Two ways, both deterministic:
 
 - `run_fused`: one kernel goes over the blocks of keys, adds up dK and dV of a block in VMEM, and
   dQ of all queries of its heads too: 5 products a tile. dQ must fit, 8 bytes an element.

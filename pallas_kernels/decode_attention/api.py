@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch, mesh
+from pallas_kernels.attention.merge import with_sinks
 from pallas_kernels.decode_attention import blockwise, tpu
 from pallas_kernels.decode_attention.checks import check
 from pallas_kernels.decode_attention.reference import reference
@@ -82,15 +83,8 @@ def decode_attention(
         compute = jax.jit(reference, static_argnums=5)
     out, lse = _over_mesh(compute, q, k_cache, v_cache, lengths, pages, settings, sharding)
     if sinks is not None:
-        out, lse = _with_sinks(out, lse, sinks)
+        out, lse = with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
-
-
-def _with_sinks(out, lse, sinks):
-    """With exp(sink) in the sum of each row: the others' weights shrink by 1 - its share."""
-    sinks = sinks.astype(lse.dtype)[:, None]
-    share = jnp.swapaxes(jax.nn.sigmoid(lse - sinks), 1, 2)[..., None]
-    return (out * share).astype(out.dtype), jnp.logaddexp(lse, sinks)
 
 
 def _over_mesh(compute, q, k_cache, v_cache, lengths, pages, settings, sharding):

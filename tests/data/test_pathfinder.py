@@ -79,6 +79,7 @@ def test_sequence_is_the_image_row_by_row():
     image = make_source("pathfinder", "eval", form="image")[3]
     sequence = make_source("pathfinder", "eval")[3]
     assert sequence["tokens"].shape == (1024,)
+    # Tokens are pixels rounded to 256 levels: half a level apart at most.
     np.testing.assert_allclose(
         sequence["tokens"].reshape(32, 32) / 255, image["image"][..., 0], atol=0.5 / 255 + 1e-6
     )

@@ -87,8 +87,10 @@ def test_every_category_has_its_own_vector(operation, partition):
     table = np.asarray(model_lib.bind(module, values).materialize())
     distance = np.abs(table[:, None] - table[None]).max(-1) + np.eye(256)
     assert distance.min() > 1e-3 * table.std()
-    # As a full table's, up to the spread of a sample: the values are drawn from few rows.
-    np.testing.assert_allclose(table.std(), 0.02, rtol=0.3)
+    # As a full table's, up to the spread of a sample: the values are drawn from few rows. Over 60
+    # draws the standard deviation of this was at most 0.070, 0.037 and 0.051; four times that.
+    spread = {"multiply": 0.28, "add": 0.15, "concat": 0.21}[operation]
+    np.testing.assert_allclose(table.std(), 0.02, rtol=spread)
 
 
 @pytest.mark.parametrize("vocab_size", [10, 256, 1000, 50_257, 10_000_000])

@@ -192,8 +192,9 @@ def test_bias_scale_of_output_and_bfloat16():
     y = apply(values, x)
     expected = x @ dense_monarch(*(np.asarray(values[n]) for n in ("right", "left")), 96, 64) + 3.0
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-    # Each factor draws with variance 1 / (3 fan-in), so the two divide the variance by nine.
-    np.testing.assert_allclose(jnp.std(y - 3.0), 1 / 3, rtol=0.1)
+    # Each factor draws with variance 1 / (3 fan-in), so the two divide the variance by nine; over
+    # 60 draws of the factors the standard deviation of this was 0.021 of it.
+    np.testing.assert_allclose(jnp.std(y - 3.0), 1 / 3, rtol=0.07)
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), values)
     rounded = jax.tree.map(lambda a: a.astype(jnp.float32), half)
     x_half = x.astype(jnp.bfloat16)
