@@ -20,11 +20,8 @@ def layout(op: str, q: jax.Array, sharding: NamedSharding | None):
     """
     explicit = sharding is None
     if explicit:
-        sharding = getattr(jax.typeof(q), "sharding", None)
-        types = getattr(getattr(sharding, "mesh", None), "axis_types", ())
-        if not types or any(kind == AxisType.Manual for kind in types):
-            return None
-        if all(kind != AxisType.Explicit for kind in types):
+        sharding = _explicit_sharding(q)
+        if sharding is None:
             return None
     elif not isinstance(sharding, NamedSharding) or len(sharding.spec) > 4:
         raise ValueError(
@@ -49,3 +46,65 @@ def size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     """Devices along these axes."""
     axes = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
     return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def rows_layout(op: str, x: jax.Array, sharding: NamedSharding | None):
+    """(mesh, axes of each leading axis of x, explicit), or None where XLA is to partition.
+
+    Args:
+      op: its name, for messages.
+      x: [..., I]; on a mesh of Explicit axes the layout is read off it.
+      sharding: of x, `NamedSharding(mesh, P(..., None))`, or None.
+
+    Raises:
+      ValueError: another sharding, one that divides I, or one that does not divide x's axes.
+    """
+    explicit = sharding is None
+    if explicit:
+        sharding = _explicit_sharding(x)
+        if sharding is None:
+            return None
+    elif not isinstance(sharding, NamedSharding) or len(sharding.spec) > x.ndim:
+        raise ValueError(
+            f"{op}: sharding must be NamedSharding(mesh, P(..., None)) of x's {x.ndim} axes or "
+            f"None, got {sharding!r}"
+        )
+    spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
+    if spec[-1] is not None:
+        raise ValueError(
+            f"{op}: sharding must leave the last axis of x whole, got {sharding.spec}; "
+            "gather the features of x first"
+        )
+    for length, axes in zip(x.shape, spec, strict=True):
+        if length % size(sharding.mesh, axes):
+            raise ValueError(
+                f"{op}: sharding must divide x {list(x.shape)}; mesh axes {axes} have size "
+                f"{size(sharding.mesh, axes)}"
+            )
+    return sharding.mesh, spec[:-1], explicit
+
+
+def over_rows(compute, found, x, *weights):
+    """compute(x, *weights) -> y, rows of x by device with all weights, where a layout is found."""
+    if found is None:
+        return compute(x, *weights)
+    mesh, lead, explicit = found
+    spec = P(*lead, None)
+    specs = (spec, *(jax.tree.map(lambda w: P(*(None,) * w.ndim), w) for w in weights))
+    arrays = jax.tree.map(lambda a, s: place(a, mesh, s, explicit), (x, *weights), specs)
+    return jax.shard_map(
+        compute,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=spec,
+        check_vma=False,  # a pallas_call does not say how its results vary
+    )(*arrays)
+
+
+def _explicit_sharding(x):
+    """The sharding of x where it is on a mesh of Explicit axes, else None."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    types = getattr(getattr(sharding, "mesh", None), "axis_types", ())
+    if not types or any(kind == AxisType.Manual for kind in types):
+        return None
+    return sharding if any(kind == AxisType.Explicit for kind in types) else None

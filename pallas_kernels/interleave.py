@@ -1,0 +1,115 @@
+"""Exchanges of lanes between tiles for TPU kernels: stride permutations at the cost of selects.
+
+A stride permutation reads a vector of L q features as [q, L] and transposes it: feature r of block
+k goes to block r % L. On a TPU features lie along lanes, and moving a lane costs a pass through the
+cross-lane unit, but choosing, lane by lane, between two registers costs one select and moves
+nothing. So no lane moves here. The features of a block may stand in any order, as long as the
+weights that make and take them stand in the same: tile i of L tiles has its feature m in lane
+m ^ i, hence what is for tile l stands, in all of them, in lanes of which the source can be read off
+the lane's number. L tiles are then exchanged by log2(L) selects a register (`exchange`).
+
+Only where features leave in their true order, as the output of a kernel does, must lanes move: by
+one rotation a register (`spread`, and `collect` for its inverse).
+
+All of it happens within groups of L neighbouring tiles of 128 lanes, so the weights are permuted by
+matrices of 128 x 128, whatever the sizes of the blocks. L is a power of two, at most 128.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+
+
+def exchange(tiles: Sequence[jax.Array]) -> list[jax.Array]:
+    """Tile l of the result has in lane m what tile (m % L) ^ l has there; its own inverse.
+
+    Args:
+      tiles: L arrays [rows, 128] of 32-bit words.
+    """
+    tiles, lane, step = list(tiles), _lane(tiles[0]), 1
+    while step < len(tiles):
+        other = (lane & step) != 0
+        tiles = [jnp.where(other, tiles[i ^ step], tile) for i, tile in enumerate(tiles)]
+        step *= 2
+    return tiles
+
+
+def spread(tiles: Sequence[jax.Array]) -> list[jax.Array]:
+    """Tiles of L blocks to L tiles of their interleaved features.
+
+    Feature f = t * (128 / L) + j of tile l, in lane (j * L + l + t) % 128, comes to lane j * L + l
+    of tile t, which is place f * L + l of them all.
+
+    Args:
+      tiles: L arrays [rows, 128] of 32-bit words.
+    """
+    turned = _turn(tiles)
+    return [_rotate(turned[-t % len(tiles)], -t) for t in range(len(tiles))]
+
+
+def collect(tiles: Sequence[jax.Array]) -> list[jax.Array]:
+    """The inverse of `spread`."""
+    turned = _turn([_rotate(tile, t) for t, tile in enumerate(tiles)])
+    return [turned[-block % len(tiles)] for block in range(len(tiles))]
+
+
+def exchange_order(i: jax.Array) -> jax.Array:
+    """bfloat16 [128, 128]; x @ it brings features of tile i of a group to lanes for `exchange`."""
+    row, col = _square()
+    return (row == col ^ i).astype(jnp.bfloat16)
+
+
+def exchanged_rows(block: jax.Array, blocks: int) -> jax.Array:
+    """bfloat16 [128, 128]; it @ w brings 128 rows of a block to the order after `exchange`.
+
+    Row i * (128 / L) + j of a group of 128 is for what tile i had in lane j * L + (i ^ block).
+    """
+    place, row = _square()
+    source = (_rem(place, blocks) ^ block) * (LANES // blocks) + _div(place, blocks)
+    return (row == source).astype(jnp.bfloat16)
+
+
+def spread_order(block: jax.Array, blocks: int) -> jax.Array:
+    """bfloat16 [128, 128]; w @ it brings features of a tile of a block to lanes for `spread`."""
+    feature, lane = _square()
+    each = LANES // blocks
+    place = _rem(_rem(feature, each) * blocks + block + _div(feature, each), LANES)
+    return (lane == place).astype(jnp.bfloat16)
+
+
+def _turn(tiles):
+    """Tile j of the result has in lane m what tile (j + m) % L has there."""
+    tiles, lane, step = list(tiles), _lane(tiles[0]), 1
+    count = len(tiles)
+    while step < count:
+        other = (lane & step) != 0
+        tiles = [jnp.where(other, tiles[(j + step) % count], tiles[j]) for j in range(count)]
+        step *= 2
+    return tiles
+
+
+def _rotate(tile, by):
+    return pltpu.roll(tile, by % LANES, 1) if by % LANES else tile
+
+
+def _lane(tile):
+    return lax.broadcasted_iota(jnp.int32, tile.shape, 1)
+
+
+def _square():
+    shape = (LANES, LANES)
+    return lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+# `//` and `%` of traced integers ask for the sign, which Pallas lowers on TPUs alone.
+def _div(x, by):
+    return lax.div(x, jnp.int32(by))
+
+
+def _rem(x, by):
+    return lax.rem(x, jnp.int32(by))

@@ -1,0 +1,114 @@
+"""Monarch products: the public function, its derivative, its dispatch and its layout on a mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch, mesh
+from pallas_kernels.monarch_matmul import blockwise, tpu
+from pallas_kernels.monarch_matmul.checks import check
+from pallas_kernels.monarch_matmul.reference import finish, reference
+
+
+def monarch_matmul(
+    x: jax.Array,
+    right: jax.Array,
+    left: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    sharding: jax.sharding.NamedSharding | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """activation(x W + bias) for the Monarch matrix W of two block-diagonal factors.
+
+        z[k] = x[k] right[k]                    block k of K: contiguous features of x
+        y[f * L + l] = (z' left[l])[f]          z'[i] = z[i * L + l], z read flat
+
+    As M = P L P^T R of arXiv 2204.00595 for row vectors, where K = L and all blocks are square;
+    the factors may have different numbers of blocks, of any shape with K q = L r.
+    Reverse-mode derivatives in x, right, left and bias. z is rounded to x's dtype, sums are in
+    float32 (float64 for float64), gradients of the factors summed before they are rounded.
+
+    On a TPU it is one kernel each way: x is read and y written once, in their true order, and z
+    stays on chip. It takes p, q, r and s that are multiples of 128, L a power of two, and weights
+    that fit on the chip; other shapes are two batched products by XLA, said once.
+
+    Args:
+      x: [..., K p], float32, bfloat16, float16 or float64.
+      right: [K, p, q] in x's dtype.
+      left: [L, r, s] in x's dtype, L r = K q.
+      bias: [L s] in x's dtype.
+      activation: "gelu" (its tanh form), "relu", "silu" or None. Its derivative needs the product
+        once more in the backward pass.
+      precision: of the products, as for `jax.numpy.einsum`.
+      sharding: how x is laid out on a mesh, over leading axes alone, `NamedSharding(mesh, P(...,
+        None))`; each device then works on its rows with all the weights. Needed where the TPU
+        kernel runs on a mesh whose axes are of type Auto.
+      implementation: None, by the platform for which the program is lowered; or "reference",
+        "blockwise" (XLA operations; what GPUs get), "tpu".
+
+    Returns:
+      y [..., L s] in x's dtype.
+
+    Raises:
+      ValueError: an argument that does not fit, named with the accepted forms; a kernel asked for
+        by name that cannot do this or, when lowered, is for another platform.
+    """
+    check(x, right, left, bias, activation, implementation)
+    if implementation == "reference":
+        return reference(x, right, left, bias, activation, precision)
+    found = mesh.rows_layout("monarch_matmul", x, sharding)
+    compute = functools.partial(_matmul, implementation, activation, precision)
+    return mesh.over_rows(compute, found, x, right, left, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _matmul(implementation, activation, precision, x, right, left, bias):
+    return _run("forward", implementation, activation, precision, x, right, left, bias)
+
+
+def _forward(implementation, activation, precision, x, right, left, bias):
+    y = _run("forward", implementation, activation, precision, x, right, left, bias)
+    return y, (x, right, left, bias)
+
+
+def _backward(implementation, activation, precision, residuals, dy):
+    x, right, left, bias = residuals
+    if activation is not None:
+        y = _run("forward", implementation, None, precision, x, right, left, bias)
+        wide = jnp.promote_types(y.dtype, jnp.float32)
+        _, pull = jax.vjp(lambda y: finish(y, None, activation), y.astype(wide))
+        dy = pull(dy.astype(wide))[0].astype(y.dtype)
+    dx, dright, dleft = _run("backward", implementation, None, precision, x, right, left, dy)
+    dbias = None
+    if bias is not None:
+        wide = jnp.promote_types(dy.dtype, jnp.float32)
+        dbias = dy.astype(wide).sum(range(dy.ndim - 1)).astype(bias.dtype)
+    return dx, dright.astype(right.dtype), dleft.astype(left.dtype), dbias
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run(direction, implementation, activation, precision, x, right, left, last):
+    """`forward` (last is the bias) or `backward` (last is dy) of an implementation."""
+    arrays = (x, right, left, last)
+    options = {"precision": precision}
+    if direction == "forward":
+        options["activation"] = activation
+    call = functools.partial(_call, direction, options)
+    on_cpu = functools.partial(call, blockwise, platform="cpu")
+    elsewhere = functools.partial(call, blockwise, platform="accelerator")
+    reason = tpu.unsupported(x, right, left, direction == "backward")
+    if dispatch.manual(arrays):
+        reason = "inside shard_map a kernel needs check_vma=False"
+    kernels = {"tpu": dispatch.Kernel("tpu", functools.partial(call, tpu), reason)}
+    return dispatch.choose("monarch_matmul", implementation, arrays, on_cpu, elsewhere, kernels)
+
+
+def _call(direction, options, module, *arrays, **more):
+    return getattr(module, direction)(*arrays, **options, **more)

@@ -1,0 +1,78 @@
+"""Shapes of `monarch_matmul` that tests, laboratory and benchmarks share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.lab import Case, Program
+from pallas_kernels.monarch_matmul import tpu, tpu_plan, tpu_weights
+from pallas_kernels.monarch_matmul.api import monarch_matmul
+
+
+def forward(x, right, left):
+    """y of the platform's kernel."""
+    return monarch_matmul(x, right, left)
+
+
+def backward(x, right, left, dy):
+    """dx, dright, dleft of the platform's kernel."""
+    return jax.vjp(monarch_matmul, x, right, left)[1](dy)
+
+
+def _weights_once(x, right, left, *_):
+    """The loop that orders the weights runs once a core; of products in loops nothing is said."""
+    found = {}
+    for name, direction in (("fwd", False), ("bwd", True)):
+        plan = tpu_plan.plan(tpu.rows(x), right, left, x.dtype.itemsize, direction)
+        if plan.straight:
+            turns = plan.inner // tpu_plan.LANES // tpu_weights.turn(plan)
+            found[name] = (turns * plan.cores / plan.steps,)
+    return found
+
+
+def case(name: str, M: int, K: int, p: int, q: int, L: int, r: int, s: int) -> Case:
+    """bfloat16. A product with both factors takes 2 M (K p q + L r s), the backward pass two."""
+    of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    args = of((M, K * p)), of((K, p, q)), of((L, r, s))
+    weights = K * p * q + L * r * s
+    flops = {"forward": 2.0 * M * weights, "backward": 4.0 * M * weights}
+    moved = {
+        "forward": 2.0 * (M * (K * p + L * s) + weights),
+        "backward": 2.0 * (M * (2 * K * p + L * s) + 2 * weights),
+    }
+    names = {"forward": "fwd", "backward": "bwd"}
+    return Case(
+        name=name,
+        kernels={
+            "forward": Program(forward, inner_runs=_weights_once),
+            "backward": Program(backward, inner_runs=_weights_once),
+        },
+        args={"forward": args, "backward": (*args, of((M, L * s)))},
+        flops={key: flops[role] for role, part in names.items() for key in (role, part)},
+        hbm_bytes={key: moved[role] for role, part in names.items() for key in (role, part)},
+    )
+
+
+def square(n: int, blocks: int, M: int = 8192) -> Case:
+    """An n x n matrix."""
+    q = n // blocks
+    return case(f"{n} by {blocks}", M, blocks, q, q, blocks, q, q)
+
+
+CASES = [
+    square(1024, 4),
+    square(1024, 8),
+    square(2048, 4),
+    square(2048, 8),
+    square(2048, 16),
+    square(4096, 4),
+    square(4096, 8),
+    square(4096, 16),
+    square(4096, 32),
+    square(8192, 8),
+    square(8192, 16),
+    square(8192, 32),
+    case("1024 to 4096 by 8", 8192, 8, 128, 128, 8, 128, 512),
+    case("4096 to 1024 by 8", 8192, 8, 512, 128, 8, 128, 128),
+]

@@ -1,0 +1,51 @@
+"""`monarch_matmul` on a TPU, for the arrays of `api`."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.interleave import LANES
+from pallas_kernels.monarch_matmul import tpu_backward, tpu_forward, tpu_plan
+
+
+def unsupported(x, right, left, backward):
+    """Why the kernels cannot do this; None where they can."""
+    plan = tpu_plan.plan(rows(x), right, left, x.dtype.itemsize, backward)
+    return tpu_plan.unsupported(plan, x.dtype.name)
+
+
+def rows(x) -> int:
+    """How many rows x [..., I] has."""
+    return int(np.prod(x.shape[:-1]))
+
+
+def forward(x, right, left, bias, activation, precision, interpret=False):
+    """y [..., L s]."""
+    plan = tpu_plan.plan(rows(x), right, left, x.dtype.itemsize, False)
+    if bias is not None:
+        bias = _bias_in_order(bias, plan)
+    flat = x.reshape(plan.M, plan.inputs)
+    y = tpu_forward.forward(flat, right, left, bias, plan, activation, precision, interpret)
+    return y.reshape(*x.shape[:-1], plan.outputs)
+
+
+def backward(x, right, left, dy, precision, interpret=False):
+    """dx in x's dtype, dright and dleft in float32."""
+    M = rows(x)
+    plan = tpu_plan.plan(M, right, left, x.dtype.itemsize, True)
+    flat, dy = x.reshape(M, plan.inputs), dy.reshape(M, plan.outputs)
+    missing = -M % plan.rows  # rows of the last step that are none would enter the sums
+    if missing:
+        flat, dy = (jnp.pad(a, ((0, missing), (0, 0))) for a in (flat, dy))
+        plan = plan._replace(M=M + missing)
+    dx, dright, dleft = tpu_backward.backward(flat, right, left, dy, plan, precision, interpret)
+    return dx[:M].reshape(x.shape), dright.sum(0), dleft.sum(0)
+
+
+def _bias_in_order(bias, plan):
+    """[L, s] of [L s]: that of a block, by the lanes for `interleave.spread`."""
+    each = LANES // plan.L
+    block, lane = np.arange(plan.L)[:, None], np.arange(plan.s)
+    tile, lane = lane // LANES * LANES, lane % LANES
+    place = (lane - block) % LANES  # j * L + t of feature t * (128 / L) + j
+    feature = tile + place % plan.L * each + place // plan.L
+    return bias[feature * plan.L + block]

@@ -1,0 +1,117 @@
+"""Sizes of the TPU kernels of `monarch_matmul`, and what they cannot do."""
+
+from typing import NamedTuple
+
+from pallas_kernels.interleave import LANES
+
+# What a kernel may hold on chip: a v5p core has 64 MiB, the others twice as much.
+VMEM_BYTES = 60 * 2**20
+# Rows of a step, forward and backward. More amortise what a step costs and the weights pushed into
+# the matrix unit; fewer take less memory and compile sooner.
+ROWS = {False: (512, 256, 128), True: (256, 128)}
+LEAST_ROWS = 128
+# FLOPs of a step beyond which its products are loops and not one straight piece of code. In one,
+# the exchanges run while the matrix unit is at work; 2**32 of them are 32,768 bundles on a v5e.
+STRAIGHT_FLOPS = 6 * 2**30
+
+
+class Plan(NamedTuple):
+    """Static facts of a call: x [M, K p], right [K, p, q], left [L, r, s], K q = L r.
+
+    rows: of a step. cores: equal shares of the steps, each with its own copy of the weights.
+    packed: rows of a word of 32 bits.
+    """
+
+    M: int
+    K: int
+    p: int
+    q: int
+    L: int
+    r: int
+    s: int
+    rows: int
+    itemsize: int
+    backward: bool
+
+    @property
+    def packed(self) -> int:
+        return 4 // self.itemsize
+
+    @property
+    def words(self) -> int:
+        return self.rows // self.packed
+
+    @property
+    def steps(self) -> int:
+        return -(-self.M // self.rows)
+
+    @property
+    def cores(self) -> int:
+        return 2 if self.steps % 2 == 0 else 1
+
+    @property
+    def inputs(self) -> int:
+        return self.K * self.p
+
+    @property
+    def inner(self) -> int:
+        return self.K * self.q
+
+    @property
+    def outputs(self) -> int:
+        return self.L * self.s
+
+    @property
+    def weights(self) -> int:
+        """Elements of both factors."""
+        return self.K * self.p * self.q + self.L * self.r * self.s
+
+    @property
+    def flops(self) -> int:
+        """Of the forward product."""
+        return 2 * self.M * self.weights
+
+    @property
+    def straight(self) -> bool:
+        products = 5 if self.backward else 2  # the first is computed again
+        return products * self.rows * self.weights <= STRAIGHT_FLOPS
+
+    @property
+    def vmem(self) -> int:
+        """Bytes of the windows, twice, the scratch and the prepared weights."""
+        staging = 2 * LANES * (self.p + self.s) * self.itemsize
+        windows = 2 * (self.inputs + self.outputs)
+        if self.backward:
+            windows += 2 * self.inputs
+            held = 2 * self.inner + self.outputs
+            gradients = 4 * self.weights
+        else:
+            held, gradients = self.inner + self.outputs, 0
+        rows = self.rows * self.itemsize * (windows + held)
+        return rows + self.itemsize * self.weights + gradients + staging
+
+
+def plan(M: int, right, left, itemsize: int, backward: bool) -> Plan:
+    """The plan with the most rows that fit on the chip; the least rows where none does."""
+    (K, p, q), (L, r, s) = right.shape, left.shape
+    for rows in ROWS[backward]:
+        found = Plan(M, K, p, q, L, r, s, rows, itemsize, backward)
+        if found.vmem <= VMEM_BYTES and rows <= max(M, LEAST_ROWS):
+            return found
+    return found
+
+
+def unsupported(plan: Plan, dtype: str) -> str | None:
+    """Why the kernels cannot do this; None where they can."""
+    if dtype not in ("float32", "bfloat16"):
+        return f"dtype {dtype}, not float32 or bfloat16"
+    for name in ("p", "q", "r", "s"):
+        if getattr(plan, name) % LANES:
+            return f"{name} = {getattr(plan, name)} of the blocks is no multiple of {LANES}"
+    if plan.L > LANES or plan.L & (plan.L - 1):
+        return f"left has {plan.L} blocks, no power of two up to {LANES}"
+    if plan.rows > plan.M:
+        return f"{plan.M} rows, fewer than {LEAST_ROWS}"
+    if plan.vmem > VMEM_BYTES:
+        return f"it would hold {plan.vmem / 2**20:.0f} of {VMEM_BYTES // 2**20} MiB on chip"
+    return None

@@ -1,0 +1,145 @@
+"""Weights brought on chip once a core, in the order of features in which the kernels work.
+
+Column tile t of `right` (of K q / 128, in groups of L) is ordered for its place t % L in the group,
+rows and columns of `left` for its block: see `pallas_kernels.interleave`. The orders are products
+with permutation matrices, exact in the weights' dtype. While one piece is ordered the next is
+copied.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.interleave import LANES, exchange_order, exchanged_rows, spread_order
+from pallas_kernels.monarch_matmul.tpu_plan import Plan
+
+
+def turn(plan: Plan) -> int:
+    """Tiles that are ordered together, so that one's start and end hide behind the others'."""
+    return next(n for n in (4, 2, 1) if plan.inner // LANES % n == 0)
+
+
+def scratch(plan: Plan, dtype) -> dict:
+    """Scratch memory: the ordered weights, and buffers of the copies."""
+    slots = 2 * turn(plan)
+    return {
+        "right": pltpu.VMEM((plan.K, plan.p, plan.q), dtype),
+        "left": pltpu.VMEM((plan.L, plan.r, plan.s), dtype),
+        "columns": pltpu.VMEM((slots, plan.p, LANES), dtype),
+        "rows": pltpu.VMEM((slots, LANES, plan.s), dtype),
+        "copied": pltpu.SemaphoreType.DMA((2, slots)),
+    }
+
+
+def load(right_hbm, left_hbm, state, plan: Plan) -> None:
+    """Fills state["right"] and state["left"], and where there are gradients, those with zeros.
+
+    There are as many tiles of columns in right as of rows in left.
+    """
+    each, count = turn(plan), plan.inner // LANES
+
+    def copies(t, slot):
+        pieces = (right_hbm, column_tile(t, plan), "columns"), (left_hbm, row_tile(t, plan), "rows")
+        return [
+            pltpu.make_async_copy(hbm.at[at], state[name].at[slot], state["copied"].at[i, slot])
+            for i, (hbm, at, name) in enumerate(pieces)
+        ]
+
+    def start(first, half):
+        for i in range(each):
+            for copy in copies(first + i, half * each + i):
+                copy.start()
+
+    def body(i, _):
+        first, half = i * each, lax.rem(i, 2)
+        pl.when(first + each < count)(lambda: start(first + each, 1 - half))
+        for j in range(each):
+            for copy in copies(first + j, half * each + j):
+                copy.wait()
+        for j in range(each):
+            if "dright" in state:
+                state["dright"][column_tile(first + j, plan)] = jnp.zeros((plan.p, LANES))
+                state["dleft"][row_tile(first + j, plan)] = jnp.zeros((LANES, plan.s))
+            _order_columns(first + j, half * each + j, state, plan)
+            _order_rows(first + j, half * each + j, state, plan)
+        return 0
+
+    start(jnp.int32(0), jnp.int32(0))
+    lax.fori_loop(0, count // each, body, 0)
+
+
+def _order_columns(t, slot, state, plan: Plan):
+    order = exchange_order(lax.rem(t, plan.L))
+    state["right"][column_tile(t, plan)] = permute_columns(state["columns"][slot], order)
+
+
+def _order_rows(t, slot, state, plan: Plan):
+    block, at, _ = row_tile(t, plan)
+    rows = permute_rows(exchanged_rows(block, plan.L), state["rows"][slot])
+    order = spread_order(block, plan.L)
+    for c in range(0, plan.s, LANES):
+        columns = slice(c, c + LANES)
+        state["left"][block, at, columns] = permute_columns(rows[:, columns], order)
+
+
+def restore(state, plan: Plan) -> None:
+    """Puts gradients, state["dright"] and state["dleft"] in float32, into their true order."""
+    each, count = turn(plan), plan.inner // LANES
+
+    def body(i, _):
+        for j in range(each):
+            t = i * each + j
+            at, order = column_tile(t, plan), exchange_order(lax.rem(t, plan.L)).T
+            state["dright"][at] = permute_columns(state["dright"][at], order)
+            block, at, _ = row_tile(t, plan)
+            rows = permute_rows(exchanged_rows(block, plan.L).T, state["dleft"][block, at, :])
+            order = spread_order(block, plan.L).T
+            for c in range(0, plan.s, LANES):
+                columns = slice(c, c + LANES)
+                state["dleft"][block, at, columns] = permute_columns(rows[:, columns], order)
+        return 0
+
+    lax.fori_loop(0, count // each, body, 0)
+
+
+def column_tile(t, plan: Plan):
+    """Where tile t of all columns of right is in it."""
+    each = plan.q // LANES
+    return lax.div(t, each), slice(None), _tile(lax.rem(t, each))
+
+
+def row_tile(t, plan: Plan):
+    """Where tile t of all rows of left is in it."""
+    groups = plan.r // LANES
+    return lax.div(t, groups), _tile(lax.rem(t, groups)), slice(None)
+
+
+def permute_columns(a: jax.Array, order: jax.Array) -> jax.Array:
+    """a @ order for a permutation matrix in bfloat16: exactly the elements of a."""
+    return _exactly(a, lambda part: dot(part, order))
+
+
+def permute_rows(order: jax.Array, a: jax.Array) -> jax.Array:
+    """order @ a for a permutation matrix in bfloat16: exactly the elements of a."""
+    return _exactly(a, lambda part: dot(order, part))
+
+
+def _exactly(a, product):
+    if a.dtype == jnp.bfloat16:
+        return product(a).astype(a.dtype)
+    # The 24 bits of a float32 are those of three bfloat16.
+    found, left = jnp.zeros_like(a), a
+    for _ in range(3):
+        part = left.astype(jnp.bfloat16)
+        found, left = found + product(part), left - part.astype(a.dtype)
+    return found
+
+
+def dot(a, b):
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _tile(i):
+    return pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
