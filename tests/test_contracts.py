@@ -50,6 +50,7 @@ ROWS: dict[tuple[str, str], list[dict]] = {
     ("channel", "mlp"): [{"at": CHANNEL, "hidden": 24, "activation": "silu", "bias": True}],
     ("channel", "glu"): [{"at": CHANNEL, "hidden": 24}],
     ("channel", "mini_sequence"): [{"at": CHANNEL, "pieces": 3}],
+    ("channel", "tokenformer"): [{"at": CHANNEL, "tokens": 24}],
     ("norm", "rms_norm"): [{"at": NORM}, {"at": NORM, "zero_centered": True}],
     ("norm", "layer_norm"): [{"at": NORM}],
     ("norm", "identity"): [{"at": "final_norm"}],

@@ -1,0 +1,34 @@
+"""Pixelfly in the small language model: all projections of attention and MLP at a quarter density.
+
+A layer keeps `density` of a dense one's parameters: a flat block butterfly and a low-rank term.
+mode=random has blocks at random places of the same density instead, mode=dense is the baseline.
+Blocks are a sixteenth of the width.
+
+Command: python train.py --config=configs/pixelfly.py --workdir=runs/pixelfly
+Others: ...=configs/pixelfly.py:mode=random and :mode=dense; density=0.5 and so on.
+Hardware: two CPU cores, minutes.
+Expected: no full run was made; the smoke run ends without error.
+"""
+
+from configs import common
+
+MODES = ("pixelfly", "random", "dense")
+LAYERS = r"blocks/\d+/(mixer/(q|k|v|out)|channel/(up|down))"
+
+
+def get_config(arg=None):
+    """The config; `mode` is one of `MODES`."""
+    arg = common.parse(arg, mode="pixelfly", density=0.25, steps=600)
+    if arg.mode not in MODES:
+        raise common.UserError(f"mode={arg.mode!r}; {common.nearest(arg.mode, MODES)}")
+    config = common.small_lm(arg, steps=arg.steps)
+    if arg.mode != "dense":
+        sparse = {
+            "at": LAYERS,
+            "use": "pixelfly" if arg.mode == "pixelfly" else "block_sparse",
+            "density": arg.density,
+            "block": config.model.width // 16,
+            "bias": True,
+        }
+        config.rules = [sparse, *config.rules]
+    return config

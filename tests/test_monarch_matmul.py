@@ -1,0 +1,354 @@
+"""Monarch products: every implementation against explicit matrices in float64, and the TPU kernels.
+
+The kernels run in Pallas' TPU interpreter with race detection and memory that starts as NaN.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import interleave
+from pallas_kernels.lab import traffic
+from pallas_kernels.monarch_matmul import blockwise, cases, monarch_matmul, tpu, tpu_plan
+
+# K, p, q, L, r, s
+SQUARE = (4, 4, 4, 4, 4, 4)
+WIDE = (2, 3, 6, 4, 3, 5)
+NARROW = (6, 5, 2, 3, 4, 2)
+
+
+def make(sizes, lead=(7,), dtype=jnp.float32, seed=0):
+    """x, right, left, bias, dy."""
+    K, p, q, L, r, s = sizes
+    random = np.random.default_rng(seed)
+    shapes = (*lead, K * p), (K, p, q), (L, r, s), (L * s,), (*lead, L * s)
+    scales = 1, p**-0.5, r**-0.5, 1, 1
+    return [
+        jnp.asarray(scale * random.normal(size=shape), dtype)
+        for shape, scale in zip(shapes, scales, strict=True)
+    ]
+
+
+def matrices(right, left):
+    """The factors [K p, K q] and [L r, L s], and what stands between and behind them."""
+
+    def diagonal(blocks):
+        n, i, j = blocks.shape
+        found = np.zeros((n * i, n * j))
+        for b in range(n):
+            found[b * i : (b + 1) * i, b * j : (b + 1) * j] = blocks[b]
+        return found
+
+    L, r, s = left.shape
+    between, behind = np.zeros((L * r, L * r)), np.zeros((L * s, L * s))
+    for feature in range(L * r):  # feature i L + l is row i of block l
+        between[feature, feature % L * r + feature // L] = 1
+    for feature in range(L * s):  # row f of block l comes to f L + l
+        behind[feature, feature % s * L + feature // s] = 1
+    return diagonal(right), between, diagonal(left), behind
+
+
+def expected(x, right, left, dy):
+    """y, dx, dright, dleft by dense matrices in float64."""
+    x, right, left, dy = (np.asarray(a, np.float64) for a in (x, right, left, dy))
+    R, between, L, behind = matrices(right, left)
+    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    z = x @ R @ between
+    dz = dy @ behind.T @ L.T
+    dR, dL = x.T @ (dz @ between.T), z.T @ (dy @ behind.T)
+
+    def blocks(matrix, like):
+        n, i, j = like.shape
+        return np.stack([matrix[b * i : (b + 1) * i, b * j : (b + 1) * j] for b in range(n)])
+
+    return z @ L @ behind, dz @ between.T @ R.T, blocks(dR, right), blocks(dL, left)
+
+
+def run(x, right, left, bias=None, dy=None, **how):
+    """y, dx, dright, dleft of an implementation."""
+    y, pull = jax.vjp(functools.partial(monarch_matmul, **how), x, right, left)
+    return y, *pull(dy)
+
+
+def errors(found, right):
+    """The greatest error of each array, as a part of its greatest element."""
+    pairs = [(np.asarray(a, np.float64), b) for a, b in zip(found, right, strict=True)]
+    assert all(np.isfinite(a).all() for a, _ in pairs)
+    return [np.abs(a.reshape(b.shape) - b).max() / np.abs(b).max() for a, b in pairs]
+
+
+@pytest.mark.parametrize("implementation", ["reference", None])
+@pytest.mark.parametrize("sizes", [SQUARE, WIDE, NARROW])
+def test_equals_explicit_matrices(implementation, sizes):
+    x, right, left, _, dy = make(sizes, (2, 3))
+    found = run(x, right, left, dy=dy, implementation=implementation)
+    assert found[0].shape == dy.shape and found[1].shape == x.shape
+    assert max(errors(found, expected(x, right, left, dy))) < 1e-6
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    strategies.tuples(*[strategies.integers(1, 5)] * 5), strategies.integers(0, 9)
+)  # fmt: skip
+def test_any_sizes(sizes, seed):
+    K, p, L, half, s = sizes
+    q, r = L * half, K * half
+    arrays = make((K, p, q, L, r, s), (3,), seed=seed)
+    x, right, left, _, dy = arrays
+    found = run(x, right, left, dy=dy)
+    assert max(errors(found, expected(x, right, left, dy))) < 2e-6
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu", None])
+def test_bias_and_activation_with_their_gradients(activation):
+    x, right, left, bias, dy = make(WIDE)
+    apply = {"gelu": lambda y: jax.nn.gelu(y, approximate=True), None: lambda y: y}
+    apply = apply.get(activation) or getattr(jax.nn, activation)
+    R, between, L, behind = (jnp.asarray(a, jnp.float32) for a in matrices(right, left))
+    W = R @ between @ L @ behind
+
+    def loss(x, bias):
+        y = monarch_matmul(x, right, left, bias=bias, activation=activation)
+        return (y * dy).sum()
+
+    def plain(x, bias):
+        return (apply(x @ W + bias) * dy).sum()
+
+    found, right_ones = (jax.value_and_grad(f, (0, 1))(x, bias) for f in (loss, plain))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right_ones), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "accelerator"])
+def test_bfloat16(platform):
+    """No worse than twice two products that round to bfloat16 in between."""
+    x, right, left, _, dy = make((4, 16, 16, 4, 16, 16), (64,), jnp.bfloat16)
+    exact = expected(x, right, left, dy)
+
+    def naive(x, right, left):
+        R, between, L, behind = (jnp.asarray(a, jnp.bfloat16) for a in matrices(right, left))
+        return ((x @ R) @ between @ L) @ behind
+
+    found = blockwise.forward(x, right, left, None, None, None, platform)
+    assert found.dtype == jnp.bfloat16
+    (most,) = errors([naive(x, np.asarray(right), np.asarray(left))], exact[:1])
+    assert errors([found], exact[:1])[0] <= 2 * most
+    dx, *weights = blockwise.backward(x, right, left, dy, None, platform)
+    assert dx.dtype == jnp.bfloat16 and {w.dtype for w in weights} == {jnp.dtype(jnp.float32)}
+    assert max(errors([dx, *weights], exact[1:])) < 2**-6
+    assert {g.dtype for g in run(x, right, left, dy=dy)} == {jnp.dtype(jnp.bfloat16)}
+
+
+# ---- the TPU kernels
+
+
+def params():
+    return pltpu.InterpretParams(
+        detect_races=True,
+        uninitialized_memory="nan",
+        out_of_bounds_reads="raise",
+        dma_execution_mode="on_wait",
+    )
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 16])
+def test_exchanges_of_lanes(blocks):
+    """Against their definitions, on tiles that hold their own number and lane."""
+    tiles = np.arange(blocks)[:, None, None] * 128 + np.arange(128)
+    tiles = np.broadcast_to(tiles, (blocks, 8, 128)).astype(np.int32)
+
+    def apply(how):
+        def kernel(x, o):
+            for i, tile in enumerate(how([x[i] for i in range(blocks)])):
+                o[i] = tile
+
+        call = pl.pallas_call(
+            kernel,
+            out_shape=jax.ShapeDtypeStruct(tiles.shape, jnp.int32),
+            interpret=pltpu.InterpretParams(),
+        )
+        return np.asarray(call(tiles))[:, 0]
+
+    lane, tile, each = np.arange(128), np.arange(blocks)[:, None], 128 // blocks
+    exchanged = (lane % blocks ^ tile) * 128 + lane
+    np.testing.assert_array_equal(apply(interleave.exchange), exchanged)
+    # Lane j L + l of tile t is feature t (128 / L) + j of block l, which stood in lane j L + l + t.
+    block, j = lane % blocks, lane // blocks
+    spread = block * 128 + (j * blocks + block + tile) % 128
+    np.testing.assert_array_equal(apply(interleave.spread), spread)
+    both = apply(lambda tiles: interleave.collect(interleave.spread(tiles)))
+    np.testing.assert_array_equal(both, tiles[:, 0])
+    # The orders of weights are those places.
+    found = interleave.spread_order(jnp.int32(blocks - 1), blocks)
+    feature = lane // blocks + each * np.arange(blocks)[:, None]
+    place = (lane // blocks * blocks + blocks - 1 + np.arange(blocks)[:, None]) % 128
+    assert np.asarray(found)[feature, place].all() and np.asarray(found).sum() == 128
+
+
+def interpret(sizes, M, dtype, monkeypatch, straight=True):
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    if not straight:
+        monkeypatch.setattr(tpu_plan, "STRAIGHT_FLOPS", 0)
+    x, right, left, bias, dy = make(sizes, (M,), dtype)
+    for backward in (False, True):
+        assert tpu.unsupported(x, right, left, backward) is None
+    precision = jax.lax.Precision.HIGHEST
+    y = tpu.forward(x, right, left, None, None, precision, params())
+    gradients = tpu.backward(x, right, left, dy, precision, params())
+    assert not interpret_pallas_call.races.races_found
+    exact = expected(x, right, left, dy)
+    assert max(errors([y, *gradients], exact)) < (1e-6 if dtype == jnp.float32 else 6e-3)
+    # bfloat16 weights' gradients are those of z and dz rounded to it, summed in float32
+    final = tpu.forward(x, right, left, bias, "gelu", precision, params())
+    wide = np.asarray(exact[0] + np.asarray(bias, np.float64), np.float32)
+    (error,) = errors([final], [np.asarray(jax.nn.gelu(wide, approximate=True), np.float64)])
+    assert error < (1e-6 if dtype == jnp.float32 else 6e-3)
+
+
+def test_kernels(monkeypatch):
+    interpret((2, 128, 256, 4, 128, 128), 200, jnp.bfloat16, monkeypatch)
+
+
+KERNELS = {
+    "float32": ((4, 128, 128, 4, 128, 128), 256, jnp.float32, True),
+    "two_tiles": ((2, 128, 256, 2, 256, 256), 512, jnp.bfloat16, True),
+    "loops": ((4, 256, 128, 2, 256, 384), 256, jnp.bfloat16, False),
+    "narrow": ((8, 128, 128, 2, 512, 128), 130, jnp.float32, False),
+    "eight": ((8, 128, 128, 8, 128, 128), 300, jnp.bfloat16, True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_numbers(name, monkeypatch):
+    sizes, M, dtype, straight = KERNELS[name]
+    interpret(sizes, M, dtype, monkeypatch, straight)
+
+
+def test_x_is_read_and_y_written_once():
+    """By the windows of the grid, where the weights, which the kernels copy themselves, are one."""
+    case = next(c for c in cases.CASES if c.name == "4096 by 16")
+    (forward,) = traffic(cases.forward, *case.args["forward"])
+    (backward,) = traffic(lambda *a: tpu.backward(*a, None), *case.args["backward"])
+    plan = tpu_plan.plan(8192, *case.args["forward"][1:], 2, False)
+    array, weights = 2 * 8192 * 4096, 2 * plan.weights
+    assert (forward.read, forward.written) == (array + weights, array)
+    assert (backward.read - weights, backward.written) == (2 * array, array + 4 * weights)
+    moved = 2 * array + plan.cores * weights
+    assert moved == pytest.approx(case.hbm_bytes["forward"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "M", "dtype", "reason"),
+    [
+        ((4, 64, 128, 4, 128, 128), 128, jnp.float32, "p = 64 of the blocks is no multiple of 128"),
+        ((3, 128, 128, 3, 128, 128), 128, jnp.float32, "left has 3 blocks, no power of two"),
+        ((4, 128, 128, 4, 128, 128), 127, jnp.float32, "127 rows, fewer than 128"),
+        ((4, 128, 128, 4, 128, 128), 128, jnp.float16, "dtype float16"),
+        ((2, 4096, 4096, 2, 4096, 4096), 128, jnp.bfloat16, "MiB on chip"),
+        ((4, 128, 128, 4, 128, 128), 128, jnp.bfloat16, None),
+    ],
+)
+def test_unsupported_says_why(sizes, M, dtype, reason):
+    K, p, q, L, r, s = sizes
+    x, right, left = (
+        jax.ShapeDtypeStruct(shape, dtype) for shape in ((M, K * p), (K, p, q), (L, r, s))
+    )
+    found = tpu.unsupported(x, right, left, True)
+    assert found is None if reason is None else reason in found
+
+
+def test_on_a_tpu_the_kernels_are_in_the_program_and_a_fallback_is_said(recwarn):
+    for sizes, inside in (((2, 128, 128, 2, 128, 128), True), ((2, 64, 64, 2, 64, 64), False)):
+        x, right, left, _, dy = make(sizes, (128,))
+        for fn, args in ((cases.forward, ()), (cases.backward, (dy,))):
+            lowered = jax.jit(fn).trace(x, right, left, *args).lower(lowering_platforms=("tpu",))
+            assert ("tpu_custom_call" in lowered.as_text()) == inside
+    said = [str(w.message) for w in recwarn if "monarch_matmul" in str(w.message)]
+    assert len(said) == 1 and "not the tpu kernel but blockwise: p = 64 of the blocks" in said[0]
+    with pytest.raises(ValueError, match="needs a TPU; accepted elsewhere: None"):
+        monarch_matmul(*make((2, 128, 128, 2, 128, 128), (128,))[:3], implementation="tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_compiles_without_memory_beside_its_arrays(target):
+    """So z is nowhere but on the chip; the backward pass has the factors' sums by core."""
+    pytest.importorskip("libtpu")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    case = next(c for c in cases.CASES if c.name == "2048 by 8")
+    for role, program in case.kernels.items():
+        args = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), case.args[role]
+        )
+        lowered = jax.jit(program.fn).trace(*args).lower(lowering_platforms=("tpu",))
+        weights = case.args[role][1].size + case.args[role][2].size
+        sums = 2 * 4 * weights if role == "backward" else 0
+        assert lowered.compile().memory_analysis().temp_size_in_bytes < sums + 2**20, role
+
+
+# ---- layout, wrong input
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_eight_devices_are_one(kind):
+    x, right, left, bias, dy = make(SQUARE, (8, 3))
+    mesh = jax.make_mesh((4, 2), ("data", "other"), axis_types=(kind, kind))
+    layout = NamedSharding(mesh, P("data", None, None))
+
+    def both(x, dy, **how):
+        y, pull = jax.vjp(lambda *a: monarch_matmul(*a, bias=bias, **how), x, right, left)
+        return y, *pull(dy)
+
+    expected = both(x, dy)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((x, dy), layout)
+        how = {"sharding": layout} if kind == AxisType.Auto else {}
+        found = jax.jit(functools.partial(both, **how))(*placed)
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5)
+    if kind == AxisType.Auto:
+        for spec, words in (
+            (P(None, None, "data"), "must leave the last axis of x whole"),
+            (P(None, "data"), r"must divide x \[8, 3, 16\]; mesh axes data have size 4"),
+            (P(None, None, None, None), "of x's 3 axes or None"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                both(x, dy, sharding=NamedSharding(mesh, spec))
+
+
+def bad(**changes):
+    x, right, left, _, _ = make(SQUARE)
+    return {"x": x, "right": right, "left": left, **changes}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (bad(x=jnp.zeros((2, 12))), r"x must be \[..., 16\], K p of right"),
+        (bad(x=jnp.zeros((2, 16), int)), "x must be of dtype float32, bfloat16"),
+        (bad(right=jnp.zeros((4, 4))), r"right must be an array \[K, p, q\]"),
+        (bad(left=jnp.zeros((4, 5, 4))), r"left must be \[L, r, s\] with L r = 16, K q of right"),
+        (bad(left=jnp.zeros((4, 4, 4), jnp.bfloat16)), "left must be of x's dtype float32"),
+        (bad(bias=jnp.zeros(4)), r"bias must be \[16\] or None, got \[4\]"),
+        (bad(activation="tanh"), "activation must be one of 'gelu', 'relu', 'silu', None"),
+        (bad(implementation="gpu"), "implementation must be one of None, 'reference'"),
+    ],
+)
+def test_bad_input_is_named_with_what_is_accepted(arguments, words):
+    with pytest.raises(ValueError, match=f"monarch_matmul: {words}"):
+        monarch_matmul(**arguments)
