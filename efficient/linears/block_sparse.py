@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from efficient.errors import UserError
 from efficient.init import ZEROS
+from efficient.linears.layout import layout_of
 from efficient.registry import register
 from efficient.scope import Context, Scope, param
 from pallas_kernels.block_sparse_matmul import BlockMask, block_sparse_matmul
@@ -81,18 +82,6 @@ def blocks_of(matrix: Float[Array, "I O"], live: Bool[np.ndarray, "R C"]) -> Flo
     rows, columns = live.shape
     whole = matrix.reshape(rows, matrix.shape[0] // rows, columns, -1).swapaxes(1, 2)
     return whole[live.nonzero()]
-
-
-def layout_of(x: Array, context: Context) -> jax.sharding.NamedSharding | None:
-    """How the rows of x lie on the mesh; None where XLA is to find out."""
-    placed = context.activations
-    if placed is None or placed.mesh.size == 1 or x.ndim < 2 or not placed.spec:
-        return None
-    axes = placed.spec[0] if isinstance(placed.spec[0], tuple) else (placed.spec[0],)
-    count = math.prod(placed.mesh.shape[a] for a in axes if a is not None)
-    if x.shape[0] % count:
-        return None
-    return jax.sharding.NamedSharding(placed.mesh, jax.sharding.PartitionSpec(placed.spec[0]))
 
 
 @register("linear", "block_sparse")

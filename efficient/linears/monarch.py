@@ -31,9 +31,11 @@ from jaxtyping import Array, Float, Inexact
 
 from efficient.errors import UserError
 from efficient.init import ZEROS, Uniform
+from efficient.linears.layout import layout_of
 from efficient.papers import Claim, Paper
 from efficient.registry import register
 from efficient.scope import Context, Scope, param
+from pallas_kernels.monarch_matmul import monarch_matmul
 
 _TEST = "tests/papers/test_monarch.py"
 
@@ -63,8 +65,15 @@ PAPER = Paper(
         ),
         Claim(
             "represents the discrete Fourier transform up to a permutation of its input",
-            f"{_TEST}::test_dft_is_monarch_after_a_permutation",
+            f"{_TEST}::test_fourier_factors",
             True,
+            "in closed form (efficient.linears.monarch_members), and found by the projection",
+        ),
+        Claim(
+            "represents the Hadamard transform, and convolution with two matrices of the class",
+            f"{_TEST}::test_circular_convolution",
+            True,
+            "Hadamard: test_hadamard_factors",
         ),
         Claim(
             "reverse sparsification: a Monarch model becomes a dense one of the same function",
@@ -94,7 +103,8 @@ def monarch_multiply(
 ) -> Inexact[Array, "*B O"]:
     """x W for the Monarch matrix of the two factors; x is padded to b p, y cut to `out_features`.
 
-    Batched matrix products in the dtype of the inputs, with the platform's accumulation.
+    Batched matrix products in the dtype of the inputs, complex ones too, with the platform's
+    accumulation. The layer runs `pallas_kernels.monarch_matmul`, which is the same function.
     """
     blocks, rows, inner = right.shape
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * rows - x.shape[-1])])
@@ -193,9 +203,21 @@ class Monarch(nnx.Module):
         self.bias = param((out_features,), ZEROS) if use_bias else None
 
     def __call__(self, x: Float[Array, "*B I"], context: Context) -> Float[Array, "*B O"]:
-        del context
-        y = monarch_multiply(x, self.right[...], self.left[...], self.out_features)
-        return y if self.bias is None else y + self.bias[...]
+        dtype = jnp.result_type(x, self.right[...])
+        right, left = self.right[...].astype(dtype), self.left[...].astype(dtype)
+        missing = right.shape[0] * right.shape[1] - self.in_features
+        outputs = left.shape[0] * left.shape[2]
+        bias = self.bias
+        if bias is not None:
+            bias = jnp.pad(bias[...].astype(dtype), (0, outputs - self.out_features))
+        y = monarch_matmul(
+            jnp.pad(x.astype(dtype), [(0, 0)] * (x.ndim - 1) + [(0, missing)]),
+            right,
+            left,
+            bias=bias,
+            sharding=layout_of(x, context),
+        )
+        return y[..., : self.out_features]
 
     def flops(self) -> int:
         """Floating-point operations a token of the two products."""

@@ -38,7 +38,8 @@ from jaxtyping import Array, Bool, Float
 
 from efficient.errors import UserError
 from efficient.init import ZEROS, Constant, Uniform
-from efficient.linears.block_sparse import LiveUniform, dense_of, grid_of_blocks, layout_of
+from efficient.linears.block_sparse import LiveUniform, dense_of, grid_of_blocks
+from efficient.linears.layout import layout_of
 from efficient.papers import Claim, Paper
 from efficient.registry import register
 from efficient.scope import Context, Scope, param

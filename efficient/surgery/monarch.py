@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from efficient.errors import UserError
 from efficient.linears.dense import Dense
 from efficient.linears.monarch import Monarch, monarch_matrix
 from efficient.model import Arrays, modules, replace
@@ -46,6 +47,12 @@ class DenseToMonarch:
         for path, layer in modules(model):
             kernel = values.get(f"{path}/kernel")
             if isinstance(layer, Monarch) and kernel is not None:
+                wrong = int(kernel.size - jnp.isfinite(kernel).sum())
+                if wrong:
+                    raise UserError(
+                        f"dense_to_monarch: {path}/kernel has {wrong} value(s) that are not"
+                        " finite; start from an earlier checkpoint"
+                    )
                 factors = layer.project(kernel.astype(jnp.float32))
                 new |= {f"{path}/{n}": a.astype(kernel.dtype) for n, a in factors.items()}
         return new

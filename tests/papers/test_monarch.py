@@ -14,6 +14,12 @@ from efficient.linears.monarch import (
     monarch_project,
     monarch_shapes,
 )
+from efficient.linears.monarch_members import (
+    circular_convolution,
+    fourier,
+    hadamard,
+    transposed,
+)
 from efficient.planning.flops import count_flops
 from efficient.scope import Context, Rules, Scope
 from efficient.surgery.monarch import DenseToMonarch, MonarchToDense
@@ -159,6 +165,47 @@ def test_dft_is_monarch_after_a_permutation(root):
         assert np.abs(monarch_matrix(right, left, n, n) - dft).max() > 0.01
 
 
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 8])
+def test_fourier_factors(m):
+    n = m * m
+    right, left = fourier(m)
+    assert right.shape == left.shape == (m, m, m)
+    w = dense_monarch_complex(right, left)
+    at = np.arange(n)
+    dft = np.exp(-2j * np.pi * np.outer(at, at) / n)
+    np.testing.assert_allclose(transposed(np.eye(n)) @ w, dft, atol=1e-11)
+
+
+def dense_monarch_complex(right, left):
+    """`dense_monarch` of the real and imaginary parts, in each of which it is linear."""
+    n = right.shape[0] * right.shape[1]
+    parts = [(right.real, left.real, 1), (right.imag, left.imag, -1)]
+    parts += [(right.real, left.imag, 1j), (right.imag, left.real, 1j)]
+    return sum(unit * dense_monarch(r, f, n, n) for r, f, unit in parts)
+
+
+@pytest.mark.parametrize("m", [1, 2, 4, 8])
+def test_hadamard_factors(m):
+    n = m * m
+    w = dense_monarch(*hadamard(m), n, n)
+    i = np.arange(n)
+    bits = np.array([[bin(a & b).count("1") for b in i] for a in i])
+    np.testing.assert_array_equal(w, (-1.0) ** bits)
+    with pytest.raises(UserError, match="m=3 must be a power of two"):
+        hadamard(3)
+
+
+@pytest.mark.parametrize("m", [3, 8])
+def test_circular_convolution(m):
+    n = m * m
+    x, h = (np.random.default_rng(i).normal(size=s) for i, s in enumerate([(2, n), (n,)]))
+    y = circular_convolution(jnp.asarray(x, jnp.float32), jnp.asarray(h, jnp.float32))
+    rolled = np.stack([np.roll(x, t, axis=-1) for t in range(n)])  # x[(f - t) mod n]
+    np.testing.assert_allclose(y, np.einsum("t,tbf->bf", h, rolled), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="10 points are no square; the nearest that works is 9"):
+        circular_convolution(jnp.zeros(10), jnp.zeros(10))
+
+
 def layer(in_features, out_features, blocks, bias=False):
     return Monarch(Scope(Rules()), in_features, out_features, bias, blocks=blocks)
 
@@ -266,6 +313,17 @@ def test_dense_to_monarch_projects_every_matched_layer():
         np.testing.assert_allclose(error, numpy_best_residual(w, 2), rtol=1e-4)
         np.testing.assert_array_equal(new[f"{path}/bias"], values[f"{path}/bias"])
     assert bool(jnp.isfinite(logits(model, new)).all())
+
+
+def test_a_matrix_that_is_not_finite_is_not_projected():
+    model = decoder([{"at": r"blocks/.*/(up|down)", "use": "dense", "bias": True}])
+    values = draw(model)
+    path = "blocks/1/channel/up"
+    values[f"{path}/kernel"] = values[f"{path}/kernel"].at[3, 4].set(jnp.nan)
+    surgery = DenseToMonarch(at=r"blocks/\d+/channel/(up|down)", blocks=2)
+    surgery.apply(model)
+    with pytest.raises(UserError, match=f"dense_to_monarch: {path}/kernel has 1 value"):
+        surgery.convert(values, model, jax.random.key(0))
 
 
 def test_surgery_at_no_layer_is_refused():
