@@ -128,10 +128,18 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("implementation", ["reference", None])
-def test_equals_numpy(implementation, name):
+@pytest.mark.parametrize(
+    ("implementation", "block", "M"),
+    [  # on a CPU blocks of 32 and more are products of their own, a chunk of rows at a time
+        ("reference", (4, 8), 6),
+        (None, (4, 8), 6),
+        (None, (32, 40), 6),
+        (None, (32, 40), 2 * blockwise.CHUNK),
+    ],
+)
+def test_equals_numpy(implementation, block, M, name):
     given, activation = VARIANTS[name]
-    arrays, weight = make(RAGGED, 4, 8, **given), weight_of(RAGGED, 8, 6)
+    arrays, weight = make(RAGGED, *block, M, **given), weight_of(RAGGED, block[1], M)
     found = run(arrays, RAGGED, implementation, jnp.asarray(weight), activation=activation)
     compare(found, expected(arrays, RAGGED, activation, weight), 3e-6)
 

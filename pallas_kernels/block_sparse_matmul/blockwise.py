@@ -1,8 +1,9 @@
 """XLA form of block_sparse_matmul: products of live blocks alone.
 
 On CPUs each column of blocks is one product, of the input blocks that it reads laid side by side;
-its weight gradient is one product a row of blocks. Elsewhere, and where that would be a very long
-program, columns of equal degree are one batched product for each of their blocks.
+its weight gradient is one product a row of blocks. That is a long program: where blocks are small
+or columns many, those of equal degree are one batched product. Elsewhere they are one for each of
+their blocks, and nothing is laid side by side.
 """
 
 import collections
@@ -13,8 +14,9 @@ import numpy as np
 
 from pallas_kernels.block_sparse_matmul.settings import Settings, accumulator, activate, combine
 
-# Columns (rows, for gradients) up to which each is a product of its own.
-UNROLL = 64
+# Columns (rows, for gradients) up to which, and sides of a block from which, each is a product of
+# its own.
+UNROLL, LEAST_SIDE = 64, 32
 # Rows that a column's product takes at a time, so that what is laid side by side stays in a cache.
 CHUNK = 512
 
@@ -57,7 +59,7 @@ def backward(x, dy, z, blocks, u, v, gamma, has_bias, settings: Settings, *, pla
 def multiply(x, blocks, columns, precision, platform):
     """x B [M, O] in the accumulator's dtype; `columns` as `BlockMask.columns`."""
     _, bi, bo = blocks.shape
-    if platform == "cpu" and len(columns) <= UNROLL:
+    if platform == "cpu" and _unrolled(columns, bi, bo):
         if x.shape[0] % CHUNK:
             return _by_column(x, blocks, columns, precision)
         chunks = x.reshape(-1, CHUNK, x.shape[1])
@@ -67,10 +69,15 @@ def multiply(x, blocks, columns, precision, platform):
     order, parts = [], []
     for degree, which in _by_degree(columns).items():
         order += which
+        live = np.array([columns[c] for c in which], int).reshape(len(which), degree, 2)
         part = jnp.zeros((len(which), x.shape[0], bo), accumulator(x.dtype))
-        for j in range(degree):
-            read, number = (np.array([columns[c][j][i] for c in which]) for i in (0, 1))
-            part += _batched(rows[read], blocks[number], 2, 1, precision)
+        if platform == "cpu" and degree:
+            read = rows[live[..., 0]].swapaxes(1, 2).reshape(len(which), -1, degree * bi)
+            weights = blocks[live[..., 1]].reshape(len(which), degree * bi, bo)
+            part = _batched(read, weights, 2, 1, precision)
+        else:
+            for read, number in live.transpose(1, 2, 0):
+                part += _batched(rows[read], blocks[number], 2, 1, precision)
         parts.append(part)
     y = jnp.concatenate(parts)[np.argsort(order)]
     return y.swapaxes(0, 1).reshape(x.shape[0], -1)
@@ -79,7 +86,7 @@ def multiply(x, blocks, columns, precision, platform):
 def weight_gradient(x, dy, mask, block, precision, platform):
     """x^T dy [nnz, bi, bo] on the live blocks, in the accumulator's dtype."""
     bi, bo = block
-    if platform == "cpu" and len(mask.rows) <= UNROLL and mask.count:
+    if platform == "cpu" and _unrolled(mask.rows, bi, bo) and mask.count:
         parts = []
         for row, columns in enumerate(mask.rows):
             if columns:
@@ -91,6 +98,10 @@ def weight_gradient(x, dy, mask, block, precision, platform):
     left = x.reshape(x.shape[0], -1, bi).swapaxes(0, 1)[of_rows]
     right = dy.reshape(dy.shape[0], -1, bo).swapaxes(0, 1)[of_columns]
     return _batched(left, right, 1, 1, precision)
+
+
+def _unrolled(columns, bi, bo):
+    return len(columns) <= UNROLL and min(bi, bo) >= LEAST_SIDE
 
 
 def _by_column(x, blocks, columns, precision):
