@@ -4,7 +4,12 @@ import importlib
 
 from efficient.errors import UserError, nearest
 
-_HOSTS = {"decoder": ("models.decoder", "Decoder"), "vision": ("models.vision", "Vision")}
+_HOSTS = {
+    "decoder": ("models.decoder", "Decoder"),
+    "vision": ("models.vision", "Vision"),
+    "stacked": ("models.operators", "Stacked"),
+    "network": ("models.operators", "Network"),
+}
 
 
 def host(name: str) -> type:

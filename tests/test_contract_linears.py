@@ -26,11 +26,13 @@ ROWS: dict[str, list[dict]] = {
     "dense": [{}, {"init_std": 0.1}],
     "bitlinear": [{}, {"measure": "mean"}, {"norm": False}],
     "block_sparse": [{"block": 4, "density": 0.4}],
-    "low_rank": [{"rank": 5}],
+    "low_rank": [{"rank": 5}, {"rank": 5, "init": "spectral"}],
     "matryoshka_heads": [{"sizes": [4, 16]}],
     "monarch": [{"blocks": 4}, {"blocks": 3}],
     "pattention": [{"tokens": 20, "key_std": 1.0}],
     "pixelfly": [{"block": 4, "density": 0.75}, {"block": 2, "size": 8, "factors": 1, "rank": 0}],
+    "sparse_spectral": [{}, {"enhanced": False, "init_std": 0.1}],
+    "tensor_train": [{"rank": 5}, {"in_shape": [2, 8], "out_shape": [6, 4], "ranks": [7]}],
 }
 # technique -> parameters that a plain call does not read
 NOT_READ = {"matryoshka_heads": r".*_4"}  # heads of prefixes, which serve an objective

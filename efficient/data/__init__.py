@@ -1,6 +1,6 @@
 """Sources, tokenizers and generated tasks, read through Grain with exact resume."""
 
-from efficient.data import listops, pathfinder, synthetic, text, vision
+from efficient.data import listops, pathfinder, poisson, synthetic, text, vision
 from efficient.data.pipeline import (
     Batches,
     Source,
@@ -19,6 +19,7 @@ __all__ = [
     "listops",
     "make_source",
     "pathfinder",
+    "poisson",
     "source",
     "source_names",
     "synthetic",

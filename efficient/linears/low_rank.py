@@ -11,6 +11,9 @@ the output has variance I r s^4 q, that is r s^2 of a full matrix' I s^2 q: 0.15
 GPT-2's s = 0.02. With variances of 1 / fan-in (`init_std=None`) it is q whatever the rank, so that
 the claim rests on an initialization that does not correct for the second factor.
 
+For low-rank training of whole models the factors may start as the leading parts of a random matrix
+(`init`); `efficient.optimizers.frobenius_adamw` holds that study's record and its decay.
+
 Token embedding variability (TEV), the paper's proxy for stability, is the standard deviation of
 the features of a token's embedding, averaged over the vocabulary.
 
@@ -20,6 +23,8 @@ initialization it trains with; and whether TEV divides by D - 1, as the one prog
 found to compute it, or by D.
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -27,6 +32,7 @@ from jaxtyping import Array, Float
 from efficient.errors import UserError
 from efficient.init import ZEROS, FanIn, Normal
 from efficient.linears.matmul import dense
+from efficient.linears.spectral import SpectralFactor
 from efficient.papers import Claim, Paper
 from efficient.registry import register
 from efficient.scope import Context, Scope, param
@@ -43,7 +49,10 @@ class LowRank(nnx.Module):
 
     Args:
       rank: r. At I O / (I + O) it has as many parameters as a dense layer.
-      init_std: standard deviation of both factors; None draws with variance 1 / fan-in.
+      init: `normal` draws the factors; `spectral` gives the r leading parts of a Gaussian matrix,
+        their singular values split evenly; `spectral_ones` the same directions, with ones.
+      init_std: standard deviation of both factors, with `spectral` of the matrix; None draws with
+        variance 1 / fan-in.
       bias: overrides what the host asks for.
     """
 
@@ -55,6 +64,7 @@ class LowRank(nnx.Module):
         use_bias: bool,
         *,
         rank: int,
+        init: Literal["normal", "spectral", "spectral_ones"] = "normal",
         init_std: float | None = None,
         bias: bool | None = None,
     ):
@@ -64,9 +74,16 @@ class LowRank(nnx.Module):
                 f"low_rank: rank={rank} must be from 1 to {min(in_features, out_features)}, the"
                 f" rank of a {in_features} x {out_features} matrix"
             )
-        draw = FanIn() if init_std is None else Normal(init_std)
-        self.down = param((in_features, rank), draw)
-        self.up = param((rank, out_features), draw)
+        down = up = FanIn() if init_std is None else Normal(init_std)
+        if init != "normal":
+            std = in_features**-0.5 if init_std is None else init_std
+            ones = init == "spectral_ones"
+            down, up = (
+                SpectralFactor(in_features, out_features, std, right, ones)
+                for right in (False, True)
+            )
+        self.down = param((in_features, rank), down)
+        self.up = param((rank, out_features), up)
         use_bias = use_bias if bias is None else bias
         self.bias = param((out_features,), ZEROS) if use_bias else None
 
@@ -83,6 +100,13 @@ class LowRank(nnx.Module):
     def materialize(self) -> Float[Array, "I O"]:
         """The matrix W such that y = x W + b."""
         return self.down[...] @ self.up[...]
+
+    def project(self, matrix: Float[Array, "I O"]) -> dict[str, Array]:
+        """The nearest parameters to `matrix`, its singular values split evenly between them."""
+        u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+        rank = self.down.shape[-1]
+        root = jnp.sqrt(s[:rank])
+        return {"down": u[:, :rank] * root, "up": root[:, None] * vt[:rank]}
 
 
 TEST = "tests/papers/test_low_rank_heads.py"

@@ -1,0 +1,140 @@
+"""AdamW that decays low-rank layers by the norm of their matrix, not by those of its factors.
+
+For "Exploring Low Rank Training of Deep Neural Networks", Kamalakara, Locatelli, Venkitesh, Ba, Gal
+and Gomez 2022, arXiv 2209.13569, which compares the two; Frobenius decay is from "Initialization
+and Regularization of Factorized Neural Layers", Khodak, Tenenholtz, Mackey and Fusi 2021, arXiv
+2105.01029. For W = D U of the arrays `down` D [I, r] and `up` U [r, O] of a path
+
+    weight decay       (|D|^2 + |U|^2) / 2     gradients D and U
+    Frobenius decay    |D U|^2 / 2             gradients D (U U^T) and (D^T D) U
+
+The first is at least the sum of W's singular values, and equal to it where the factors are
+balanced, so it makes few of them; the second is half the sum of their squares.
+
+Decay is decoupled from Adam's moments, as weight decay is: it joins the direction.
+"""
+
+import optax
+from jaxtyping import Array, Float
+
+from efficient.errors import UserError
+from efficient.optimizers.common import Mask, Schedule, check_numbers, per_layer, scheduled
+from efficient.papers import Claim, Paper
+from efficient.registry import register
+
+
+def frobenius_gradient(
+    down: Float[Array, "I r"], up: Float[Array, "r O"]
+) -> tuple[Float[Array, "I r"], Float[Array, "r O"]]:
+    """The gradients of |D U|^2 / 2, by matrices r x r."""
+    return down @ (up @ up.T), (down.T @ down) @ up
+
+
+def factor_pairs(paths) -> list[str]:
+    """Paths of the layers that hold `down` and `up`."""
+    heads = (path.removesuffix("/down") for path in paths if path.endswith("/down"))
+    return [head for head in heads if f"{head}/up" in paths]
+
+
+def add_frobenius_decay(weight: float | Array, decay_mask: Mask) -> optax.GradientTransformation:
+    """Adds `weight` times the gradients of |D U|^2 / 2 of pairs of which both are decayed."""
+
+    def update(updates, state, params):
+        decays, new = decay_mask(params), dict(updates)
+        for head in factor_pairs(params):
+            pair = f"{head}/down", f"{head}/up"
+            if not all(decays[path] for path in pair):
+                continue
+            found = per_layer(frobenius_gradient, pair[0], *(params[path] for path in pair))
+            for path, gradient in zip(pair, found, strict=True):
+                new[path] = updates[path] + weight * gradient
+        return new, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+@register("optimizer", "frobenius_adamw")
+def frobenius_adamw(
+    learning_rate: float | Schedule,
+    decay_mask: Mask,
+    *,
+    b1: float | Schedule = 0.9,
+    b2: float | Schedule = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float | Schedule = 0.0,
+    frobenius_decay: float | Schedule = 0.1,
+) -> optax.GradientTransformation:
+    """AdamW whose decay of factors is that of their product.
+
+    Args:
+      weight_decay: of all arrays but the factors of low-rank layers.
+      frobenius_decay: of the factors.
+    """
+    numbers = {"weight_decay": weight_decay, "frobenius_decay": frobenius_decay}
+    check_numbers(b1=b1, b2=b2, **numbers)
+
+    def others(params):
+        factors = {f"{head}/{n}" for head in factor_pairs(params) for n in ("down", "up")}
+        if not factors:
+            raise UserError(
+                "frobenius_adamw: no trained layer has the factors `down` and `up`; give layers"
+                " use='low_rank', or take adamw"
+            )
+        return {p: decays and p not in factors for p, decays in decay_mask(params).items()}
+
+    def build(b1, b2, weight_decay, frobenius_decay):
+        return optax.chain(
+            optax.scale_by_adam(b1, b2, eps),
+            optax.add_decayed_weights(weight_decay, others),
+            add_frobenius_decay(frobenius_decay, decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    return scheduled(build, b1=b1, b2=b2, **numbers)
+
+
+TEST = "tests/papers/test_low_rank_study.py"
+PAPER = Paper(
+    slug="low_rank_study",
+    status="equations",
+    claims=(
+        Claim(
+            "Spectral initialization: factors of the r leading parts of a random matrix, singular"
+            " values split evenly; or replaced by ones.",
+            f"{TEST}::test_spectral_initialization",
+            True,
+        ),
+        Claim(
+            "Frobenius decay is the gradient of |D U|^2 / 2.",
+            f"{TEST}::test_frobenius_gradient",
+            True,
+        ),
+        Claim(
+            "Weight decay of factors lowers the rank of their product, Frobenius decay does not.",
+            f"{TEST}::test_what_the_decays_do_to_singular_values",
+            True,
+            "the minima of least squares with each: singular values less a constant, or scaled",
+        ),
+        Claim(
+            "Full-rank warm-up: a dense model trained for a while, cut to its nearest low rank.",
+            f"{TEST}::test_warmed_up_layers_are_cut_to_the_nearest",
+            True,
+        ),
+        Claim(
+            "Spectral initialization helps by its directions, not by its singular values.",
+            note="`configs/low_rank_study.py:init=spectral_ones` runs it; not measured here",
+        ),
+        Claim(
+            "Full-rank warm-up helps language models more than the other choices.",
+            note="`configs/low_rank_study.py:warmup=0.25` runs it; not measured here",
+        ),
+    ),
+    source="arXiv 2209.13569 (abstract and beginning; summaries by others);"
+    " the code of arXiv 2105.01029 (batch_frobgrad, spectral_init) in copies by others",
+    departures=(
+        "The singular values of the random matrix are quantiles of the law of Marchenko and Pastur,"
+        " the same in every layer of a shape.",
+        "Whether the paper decouples Frobenius decay from Adam's moments could not be established.",
+        "The paper's ranks, warm-up lengths and decays could not be established.",
+    ),
+)

@@ -1,0 +1,265 @@
+"""Sparse 8-bit inference: pruning, quantization and the product against integers in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import sparse_cpu_inference as sparse_config
+from efficient.errors import UserError
+from efficient.linears.dense import Dense
+from efficient.linears.sparse_int8 import (
+    SparseInt8,
+    integer_columns,
+    live_blocks,
+    pack,
+    quantized,
+    sparse_int8_matmul,
+    unpack,
+)
+from efficient.model import abstract, bind
+from efficient.planning.flops import count_flops
+from efficient.scope import Context, Rules, Scope
+from efficient.surgery.sparse_int8 import BlockPrune, PrunedLinear, ToSparseInt8
+
+# (inputs, outputs, block, live blocks of a column)
+SHAPES = [(24, 32, (4, 16), 2), (24, 30, (1, 5), 7), (32, 16, (8, 4), 1), (12, 12, (3, 12), 4)]
+EVERY = pytest.mark.parametrize(("inputs", "outputs", "block", "live"), SHAPES)
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def blocks_of(matrix, block):
+    """[R, C, p, q] of a matrix, by slices."""
+    (p, q), (rows, columns) = block, matrix.shape
+    return np.array(
+        [[matrix[i : i + p, j : j + q] for j in range(0, columns, q)] for i in range(0, rows, p)]
+    )
+
+
+def pruned_by_hand(matrix, block, live):
+    """The mask of entries: of every column of blocks the `live` of largest summed size."""
+    sums = np.abs(np.float64(blocks_of(matrix, block))).sum((2, 3))
+    mask = np.zeros(matrix.shape, bool)
+    for c in range(sums.shape[1]):
+        for r in sorted(range(sums.shape[0]), key=lambda r, c=c: -sums[r, c])[:live]:
+            mask[r * block[0] : (r + 1) * block[0], c * block[1] : (c + 1) * block[1]] = True
+    return mask
+
+
+@EVERY
+def test_pruned_blocks_are_the_smallest(inputs, outputs, block, live):
+    kernel = draw(inputs, outputs)
+    mask = np.asarray(live_blocks(jnp.asarray(kernel), block, live))
+    assert (mask.sum(0) == live).all()
+    whole = np.kron(mask, np.ones(block, bool))
+    np.testing.assert_array_equal(whole, pruned_by_hand(kernel, block, live))
+
+
+@EVERY
+def test_quantization_of_output_channels(inputs, outputs, block, live):
+    """Within half a step of each channel's own scale; live blocks round trip, others are zero."""
+    kernel = draw(inputs, outputs) * np.geomspace(0.01, 100, outputs, dtype=np.float32)
+    mask = live_blocks(jnp.asarray(kernel), block, live)
+    blocks, places, scale = pack(jnp.asarray(kernel), mask, block)
+    assert blocks.dtype == jnp.int8 and blocks.shape == (
+        outputs // block[1],
+        block[1],
+        live,
+        block[0],
+    )
+    kept = np.float64(kernel) * np.kron(np.asarray(mask), np.ones(block))
+    np.testing.assert_allclose(scale, np.abs(kept).max(0) / 127, rtol=1e-6)
+    levels = np.asarray(unpack(blocks, places, inputs // block[0]), np.int64)
+    assert (np.abs(levels).max(0) == 127).all() and not levels[kept == 0].any()
+    error = np.abs(levels * np.float64(scale) - kept)
+    assert (error <= 0.5001 * np.float64(scale)).all() and error.max() > 0
+    np.testing.assert_array_equal(np.diff(places, axis=1) > 0, True)
+
+
+def integers(*shape, seed, extreme=False):
+    rng = np.random.default_rng(seed)
+    if extreme:  # all of one sign, so that sums are as large as they can be
+        return np.full(shape, 127, np.int8)
+    return rng.integers(-127, 128, shape).astype(np.int8)
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "columns", "live", "block"),
+    [(6, 3, 2, (4, 8)), (12, 2, 9, (256, 4)), (1, 2, 1, (2100, 3))],
+)
+def test_integer_sums_are_exact(rows, columns, live, block, extreme):
+    """Against 64-bit integers; sums of 2,304 terms of 127^2 are odd and above 2^24."""
+    rng = np.random.default_rng(0)
+    blocks = integers(columns, block[1], live, block[0], seed=1, extreme=extreme)
+    places = np.stack([np.sort(rng.permutation(rows)[:live]) for _ in range(columns)])
+    x = integers(5, rows * block[0], seed=2, extreme=extreme)
+    w = np.zeros((rows * block[0], columns * block[1]), np.int64)
+    for c in range(columns):
+        for k, r in enumerate(places[c]):
+            at = np.s_[r * block[0] : (r + 1) * block[0], c * block[1] : (c + 1) * block[1]]
+            w[at] = blocks[c, :, k].T
+    if extreme:
+        x[0, 0] = 126  # an odd sum, and one of 127^2 - 127 less
+    wanted = np.int64(x) @ w
+    arrays = (jnp.asarray(x), jnp.asarray(blocks), jnp.asarray(places, jnp.int32))
+    got = jax.jit(lambda *a: integer_columns(*a, lambda c, total: total))(*arrays)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(np.asarray(got).reshape(w.shape[1], -1).T, wanted)
+    if extreme and block[0] > 100:
+        assert wanted.max() > 2**24 and (wanted % 2).any()
+
+
+ACTIVATED = {
+    None: lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATED)
+def test_epilogue_against_numpy(activation):
+    inputs, outputs, block, live = SHAPES[0]
+    kernel, bias, x = draw(inputs, outputs), draw(outputs, seed=1), draw(2, 3, inputs, seed=2)
+    mask = live_blocks(jnp.asarray(kernel), block, live)
+    blocks, places, scale = pack(jnp.asarray(kernel), mask, block)
+    got = sparse_int8_matmul(
+        jnp.asarray(x), blocks, places, scale, jnp.asarray(bias), activation=activation
+    )
+    of_token = np.abs(x).max(-1, keepdims=True).astype(np.float32) / np.float32(127)
+    levels = np.round(x / of_token).astype(np.int64)
+    weights = np.int64(unpack(blocks, places, inputs // block[0]))
+    y = (levels @ weights) * np.float64(of_token) * np.float64(scale) + bias
+    np.testing.assert_allclose(got, ACTIVATED[activation](y), rtol=1e-5, atol=1e-5)
+    dense = ACTIVATED[activation](x @ (kernel * np.kron(mask, np.ones(block))) + bias)
+    error = np.linalg.norm(got - dense) / np.linalg.norm(dense)
+    assert 1e-4 < error < 0.02
+
+
+def test_zeros_and_large_numbers_are_finite():
+    kernel = draw(8, 4)
+    kernel[:, 1] = 0
+    blocks, places, scale = pack(jnp.asarray(kernel), jnp.ones((2, 1), bool), (4, 4))
+    for size in (0.0, 1e30):
+        y = np.asarray(sparse_int8_matmul(size * jnp.ones((2, 8)), blocks, places, scale))
+        assert np.isfinite(y).all() and not y[:, 1].any() and np.any(y) == bool(size)
+    levels, of_zero = quantized(jnp.zeros((2, 3)), axis=-1)
+    assert not np.any(levels) and (np.asarray(of_zero) == 1).all()
+
+
+def test_bytes_and_flops_are_those_of_live_blocks():
+    layer = SparseInt8(64, 96, True, (4, 16), 3)
+    sizes = {p: s.size * s.dtype.itemsize for p, s in abstract(layer).items()}
+    assert sizes == {"blocks": 6 * 3 * 64, "places": 4 * 6 * 3, "scale": 4 * 96, "bias": 4 * 96}
+    x = jax.ShapeDtypeStruct((7, 64), jnp.float32)
+    shapes = abstract(layer)
+    counted = count_flops(lambda v, x: bind(layer, v)(x, Context()), shapes, x)
+    assert counted == 7 * layer.flops() == 7 * 2 * 3 / 16 * 64 * 96
+
+
+class Host(nnx.Module):
+    """Two dense layers, with and without a bias."""
+
+    def __init__(self):
+        self.q = Dense(Scope(Rules(), "q"), 24, 32, True)
+        self.k = Dense(Scope(Rules(), "k"), 24, 48, False)
+
+
+def start():
+    shapes = {"q/kernel": (24, 32), "q/bias": (32,), "k/kernel": (24, 48)}
+    return {p: jnp.asarray(draw(*s, seed=i)) for i, (p, s) in enumerate(shapes.items())}
+
+
+def operate(values, model, surgery):
+    model = nnx.clone(model)
+    surgery.apply(model)
+    new = surgery.convert(values, model, jax.random.key(0))
+    assert {p: a.shape for p, a in new.items()} == {p: s.shape for p, s in abstract(model).items()}
+    return new, model
+
+
+def test_prune_train_prune_quantize():
+    """Twice pruned, with weights changed in between; what went first stays out."""
+    values = start()
+    once, model = operate(values, Host(), BlockPrune(at="q|k", sparsity=0.5))
+    x = jnp.asarray(draw(5, 24, seed=9))
+    first = pruned_by_hand(np.asarray(values["q/kernel"]), (4, 16), 3)
+    y = bind(model, once).q(x, Context())
+    wanted = x @ (values["q/kernel"] * first) + values["q/bias"]
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    once["q/base/kernel"] = once["q/base/kernel"] + jnp.asarray(draw(24, 32, seed=8))
+    twice, model = operate(once, model, BlockPrune(at=".*", sparsity=0.8))
+    kernel = np.asarray(once["q/base/kernel"]) * first
+    second = pruned_by_hand(kernel, (4, 16), 1)
+    assert isinstance(model.q, PrunedLinear) and model.q.live == 1
+    np.testing.assert_array_equal(bind(model, twice).q.materialize(), kernel * second)
+    last, model = operate(twice, model, ToSparseInt8())
+    assert isinstance(model.k, SparseInt8) and last["q/blocks"].dtype == jnp.int8
+    matrix = bind(model, last).q.materialize()
+    step = np.abs(kernel * second).max(0) / 127
+    assert (np.abs(matrix - kernel * second) <= 0.5001 * step).all()
+    np.testing.assert_array_equal(last["q/bias"], values["q/bias"])
+    whole = x @ (kernel * second) + values["q/bias"]
+    error = np.abs(bind(model, last).q(x, Context()) - whole).max()
+    assert 0 < error < 0.05 * np.abs(whole).max()
+
+
+def test_gradients_stop_at_the_mask():
+    values, model = operate(start(), Host(), BlockPrune(at="q", sparsity=0.5))
+
+    def loss(values):
+        return jnp.sum(bind(model, values).q(jnp.ones((2, 24)), Context()) ** 2)
+
+    grads = jax.grad(loss, allow_int=True)(values)["q/base/kernel"]
+    mask = np.kron(np.asarray(values["q/mask"]), np.ones((4, 16), bool))
+    assert not np.any(grads[~mask]) and (np.asarray(grads)[mask] != 0).all()
+
+
+def test_gradient_passes_through_the_rounding():
+    values, model = operate(start(), Host(), BlockPrune(at="q", sparsity=0.5))
+    values, model = operate(values, model, ToSparseInt8(at="q"))
+    weight, x = draw(2, 3, 32, seed=1), jnp.asarray(draw(2, 3, 24, seed=2))
+
+    def loss(x, bias):
+        return jnp.sum(bind(model, values | {"q/bias": bias}).q(x, Context()) * weight)
+
+    dx, d_bias = jax.grad(loss, argnums=(0, 1))(x, values["q/bias"])
+    matrix = np.float64(bind(model, values).q.materialize())
+    np.testing.assert_allclose(dx, weight @ matrix.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(d_bias, weight.sum((0, 1)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"sparsity": 1.0}, "sparsity=1.0 must be from 0 to below 1"),
+        ({"block": [4]}, r"block=\[4\] must be two numbers"),
+        ({"block": [5, 16]}, "blocks of 5 inputs do not divide the 24 of k; .* have 4"),
+        ({"block": [4, 20]}, "blocks of 20 outputs do not divide the 48 of k; .* have 16"),
+        ({"at": "v"}, "matches nothing"),
+    ],
+)
+def test_bad_input(arguments, words):
+    with pytest.raises(UserError, match=words):
+        BlockPrune(**({"at": ".*"} | arguments)).apply(Host())
+
+
+def test_order_of_surgeries_is_checked():
+    with pytest.raises(UserError, match="matches nothing"):
+        ToSparseInt8().apply(Host())
+    values, model = operate(start(), Host(), BlockPrune(at=".*", sparsity=0.8))
+    for arguments in ({"sparsity": 0.5}, {"sparsity": 0.9, "block": [2, 16]}):
+        with pytest.raises(UserError, match=r"blocks \[4, 16\] left; go on with"):
+            BlockPrune(at=".*", **arguments).apply(nnx.clone(model))
+
+
+def test_config_prunes_twice_and_quantizes():
+    dense, once, twice, last = sparse_config.get_config().phases
+    assert (dense["steps"], once["steps"], twice["steps"], last["steps"]) == (600, 100, 100, 0)
+    assert [p["surgery"][0].get("sparsity") for p in (once, twice, last)] == [0.4, 0.8, None]
+    assert len(sparse_config.get_config("dense").phases) == 1
