@@ -15,14 +15,10 @@ Needs jax with CUDA; torch is a peer where it is installed.
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import importlib.util
-import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import gpu
 from pallas_kernels.attention import Causal, Full, attention
 from pallas_kernels.lab.chips import chip
 
@@ -132,21 +129,7 @@ def of_torch(shape: Shape) -> tuple[Callable, Callable, Callable]:
     return forward, step, convert
 
 
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-
-
 # ---- checks
-
-
-def errors(found: Arrays, right: Arrays) -> list[float]:
-    """Greatest absolute errors of out, dq, dk, dv; infinite where something is not finite."""
-    worst = []
-    for value, expected in zip(found, right, strict=True):
-        value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
-        finite = np.isfinite(value).all()
-        worst.append(float(np.abs(value - expected).max()) if finite else float("inf"))
-    return worst
 
 
 def check(shape: Shape, implementation: str) -> dict[str, Any]:
@@ -155,18 +138,8 @@ def check(shape: Shape, implementation: str) -> dict[str, Any]:
     wide = tuple(x.astype(jnp.float32) for x in arrays)
     with jax.default_matmul_precision("highest"):
         right = of_jax(shape, "reference")[1](*wide)
-    near = errors(of_jax(shape, "xla")[1](*arrays), right)
-    try:
-        ours = errors(of_jax(shape, implementation)[1](*arrays), right)
-    except Exception as error:  # the other shapes are still worth a check, and peers their times
-        return {"case": shape.name, "ours": [], "passed": False, "reason": reason(error)}
-    most = [float(jnp.abs(x).max()) for x in right]
-    allowed = [2 * e + 2.0**-21 * max(m, 1) for e, m in zip(near, most, strict=True)]
-    passed = all(e <= a for e, a in zip(ours, allowed, strict=True))
-    return {
-        "case": shape.name, "ours": ours, "bfloat16 by xla": near, "allowed": allowed,
-        "passed": passed,
-    }  # fmt: skip
+    near = of_jax(shape, "xla")[1](*arrays)
+    return gpu.check(shape.name, right, near, lambda: of_jax(shape, implementation)[1](*arrays))
 
 
 def check_shapes() -> list[Shape]:
@@ -181,17 +154,8 @@ def check_shapes() -> list[Shape]:
 # ---- times
 
 
-def seconds(call: Callable, wait: Callable, calls: int) -> float:
-    """Of one of `calls` calls in a queue."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        last = call()
-    wait(last)
-    return (time.perf_counter() - start) / calls
-
-
-def timers(shape: Shape, implementations: list[str]) -> dict[str, Any]:
-    """name -> ((forward, step), wait): calls without arguments; a string where one cannot run."""
+def timers(shape: Shape, implementations: list[str]) -> dict[str, gpu.Timed | str]:
+    """By name, forward and step; a string where one cannot run."""
     arrays, found = draw(shape), {}
     for name in implementations:
         try:
@@ -205,9 +169,9 @@ def timers(shape: Shape, implementations: list[str]) -> dict[str, Any]:
             calls = functools.partial(forward, *given[:3]), functools.partial(step, *given)
             for call in calls:
                 wait(call())
-            found[name] = calls, wait
+            found[name] = gpu.Timed(calls, wait)
         except Exception as error:  # a peer that cannot do a shape is a row that says why
-            found[name] = reason(error)
+            found[name] = gpu.reason(error)
     return found
 
 
@@ -215,19 +179,8 @@ def measure(shape: Shape, implementations: list[str], rounds: int, budget: float
     """A row for each implementation; each call is repeated for about `budget` seconds a round."""
     found = timers(shape, implementations)
     ready = {name: x for name, x in found.items() if not isinstance(x, str)}
-    counts = {
-        (name, i): max(2, int(budget / max(seconds(call, wait, 2), 1e-6)))
-        for name, (calls, wait) in ready.items()
-        for i, call in enumerate(calls)
-    }
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in counts}
-    for _ in range(rounds):
-        for name, (calls, wait) in ready.items():
-            for i, call in enumerate(calls):
-                times[name, i].append(seconds(call, wait, counts[name, i]))
     rows = [{"case": shape.name, "by": k, "reason": x} for k, x in found.items() if k not in ready]
-    for name in ready:
-        forward, step = (statistics.median(times[name, i]) for i in (0, 1))
+    for name, (forward, step) in gpu.medians(ready, rounds, budget).items():
         backward = step - forward
         rows.append({
             "case": shape.name, "by": name, "forward_s": forward, "step_s": step,
@@ -256,18 +209,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", default="", help="where to write all figures")
     args = parser.parse_args(argv)
-    chosen = shapes(args.quick)
-    if args.only:
-        names = args.only.split(",")
-        unknown = set(names) - {s.name for s in chosen}
-        if unknown:
-            known = ", ".join(s.name for s in chosen)
-            print(f"no shape {', '.join(sorted(unknown))}; one of: {known}", file=sys.stderr)
-            return 2
-        chosen = [s for s in chosen if s.name in names]
-    devices = [d for d in jax.devices() if d.platform == "gpu"]
-    if not devices:
-        print(f"skipped: no GPU here (jax sees {jax.devices()[0].platform}); needs jax[cuda13]")
+    chosen = gpu.chosen(shapes(args.quick), args.only)
+    if chosen is None:
+        return 2
+    device = gpu.device()
+    if device is None:
         return 0
     implementations = ["gpu", "cudnn", "xla"]
     if importlib.util.find_spec("torch") is not None:
@@ -275,22 +221,14 @@ def main(argv: list[str] | None = None) -> int:
     checks = []
     for shape in check_shapes():
         checks.append(check(shape, "gpu"))
-        verdict = "passed" if checks[-1]["passed"] else "FAILED"
-        worst = checks[-1].get("reason") or ", ".join(f"{e:.2e}" for e in checks[-1]["ours"])
-        print(f"check {shape.name:24}{verdict}  errors of out, dq, dk, dv: {worst}", flush=True)
+        gpu.say(checks[-1], "out, dq, dk, dv")
     print(f"{'case':24}{'by':12}{'forward':>13}{'TFLOP/s':>8}{'backward':>10}{'roofline':>10}")
     rows = []
     for shape in chosen:
         for row in measure(shape, implementations, args.rounds, budget=0.02):
             rows.append(row)
             print(line(row), flush=True)
-    if args.json:
-        about = {
-            "device": devices[0].device_kind, "jax": jax.__version__,
-            "date": datetime.date.today().isoformat(), "argv": sys.argv,
-        }  # fmt: skip
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"about": about, "checks": checks, "rows": rows}, file, indent=1)
+    gpu.write(args.json, device, checks=checks, rows=rows)
     return 0 if all(c["passed"] for c in checks) else 1
 
 

@@ -8,32 +8,28 @@ A small GPT-2-shaped language model on the embedded corpus (`lm`), or a ViT on s
 or an eighth of a dense one's parameters, exactly; `narrow` is a dense model of such a width that
 its layers have as many together. Every one of these layers does one multiplication and one addition
 a parameter and token, so that equal parameters are equal FLOPs and there is one comparison, not
-two. Butterfly factors have no such choice and are listed at the size they have.
+two. Products of butterfly factors, of blocks of 5, have no such choice and are listed at the size
+they have.
 
-Runs differ in `config.seed` (initial values and the order of the data) and are otherwise the same,
+Runs of one kind differ in initial values and the order of the data; all else is the same for all,
 the learning rate too. CPU seconds are those of the process in the median step, all threads
 together, which a loaded machine changes less than the time on the wall.
 """
 
 import argparse
 import collections
-import importlib.metadata
 import json
-import os
-import platform
 import re
-import time
 
 import jax
 import numpy as np
 
-from configs import common
-from efficient import data as data_lib
+from benchmarks.small_runs import host_config, record, run_phase
 from efficient import model as model_lib
 from efficient.training.evaluation import Evaluator, bits_per_byte_baseline
 from efficient.training.run import Run
 
-WIDTH, DEPTH, HEADS = 160, 2, 4
+WIDTH = 160
 ATTENTION, FEED_FORWARD = r"(.*/)?blocks/\d+/mixer/(q|k|v|out)", r"(.*/)?blocks/\d+/channel/.*"
 LAYERS = re.compile(r"(.*/)?blocks/[\d-]+/(mixer/(q|k|v|out)|channel/(up|down))/(?!bias).*")
 # Fraction of the parameters -> (technique, arguments for D x D, and for D x 4 D and 4 D x D).
@@ -58,35 +54,11 @@ VARIANTS = {
 NARROW = {1 / 4: 80, 1 / 8: 56}  # widths: 12 D^2 parameters a block
 
 
-def host_config(host: str, width: int, rules: list[dict], steps: int, seed: int):
-    """The host's config with these rules before its own."""
-    arg = common.parse(None)
-    if host == "lm":
-        config = common.small_lm(arg, steps=steps)
-        config.model = {**config.model, "width": width, "depth": DEPTH, "max_length": 64}
-        config.rules = [*rules, *common.gpt2(width, DEPTH, HEADS)]
-        config.data = {**config.data, "length": 64}
-        config.eval_batches = 64
-    else:
-        config = common.digits(arg)
-        config.phases = [{**config.phases[0], "steps": steps}]
-        stage = {"width": width, "depth": DEPTH, "kernel": 2, "stride": 2}
-        config.model = {**config.model, "stages": [stage]}
-        attention, mlp, *rest = config.rules
-        sized = [{**attention, "heads": HEADS}, {**mlp, "hidden": 4 * width}]
-        config.rules = [*rules, *sized, *rest]
-    schedule = {"name": "cosine", "peak": 2e-3, "warmup": max(1, steps // 10)}
-    phase = config.phases[0]
-    config.phases = [{**phase, "optimizer": {**phase["optimizer"], "learning_rate": schedule}}]
-    config.seed = seed
-    return config
-
-
 def variants(host: str, steps: int):
-    """(name, fraction, seed -> config) of everything that is compared."""
+    """(name, fraction, config) of everything that is compared."""
 
     def of(width, rules):
-        return lambda seed: host_config(host, width, rules, steps, seed)
+        return host_config(host, width, rules, steps, 0)
 
     yield "dense", 1.0, of(WIDTH, [])
     for fraction, techniques in VARIANTS.items():
@@ -97,41 +69,41 @@ def variants(host: str, steps: int):
                 {"at": FEED_FORWARD, "use": use, "bias": True, **feed_forward},
             ]
             yield name, fraction, of(WIDTH, rules)
-    rules = [{"at": f"{ATTENTION}|{FEED_FORWARD}", "use": "butterfly", "bias": True}]
+    butterfly = {"use": "butterfly", "block": 5, "pad": True, "bias": True}
+    rules = [{"at": f"{ATTENTION}|{FEED_FORWARD}", **butterfly}]
     yield "butterfly", None, of(WIDTH, rules)
 
 
-def train(config) -> dict:
-    """The held-out metrics after the run, and what it cost."""
+def train(config, seeds: int):
+    """For each seed the held-out metrics after the run, and what it cost.
+
+    One program serves all seeds: nothing in its steps is random.
+    """
     run = Run(config, jax.devices()[:1])
-    phase, state = run.phases[0], run.start()
-    step, seconds = run.train_step(phase), []
-    size = config.batch_size
-    with data_lib.batches(run.train_source, batch_size=size, seed=config.seed) as batches:
-        for _ in range(phase.config["steps"]):
-            batch = run.placement.place_batch(next(batches), size)
-            before = time.process_time()
-            state, metrics = jax.block_until_ready(step(state, batch))
-            seconds.append(time.process_time() - before)
-    shapes = model_lib.abstract(run.base)
-    counts = {path: int(np.prod(s.shape)) for path, s in shapes.items()}
-    found = {
-        "parameters": sum(counts.values()),
-        "layer_parameters": sum(n for path, n in counts.items() if LAYERS.fullmatch(path)),
-        "flops_a_step": run.flops(phase),
-        "cpu_seconds_a_step": float(np.median(seconds[2:])),
-        "train_loss": float(metrics["loss"]),
-        **Evaluator(run, phase)(state),
-    }
-    baseline = bits_per_byte_baseline(run)
-    return found if baseline is None else {**found, "bigram_bits_per_byte": baseline}
+    phase = run.phases[0]
+    counts = {path: int(np.prod(s.shape)) for path, s in model_lib.abstract(run.base).items()}
+    evaluate, baseline = Evaluator(run, phase), bits_per_byte_baseline(run)
+    about = {} if baseline is None else {"bigram_bits_per_byte": baseline}
+    about["parameters"] = sum(counts.values())
+    about["layer_parameters"] = sum(n for path, n in counts.items() if LAYERS.fullmatch(path))
+    about["flops_a_step"] = run.flops(phase)
+    for seed in range(seeds):
+        run.init_key = jax.random.key(seed)
+        state, metrics, seconds = run_phase(run, phase, run.start(), seed)
+        yield {
+            "seed": seed,
+            **about,
+            "cpu_seconds_a_step": float(np.median(seconds[2:])),
+            "train_loss": metrics["loss"],
+            **evaluate(state),
+        }
 
 
 def summary(records: list[dict], metric: str) -> list[dict]:
     """A row a variant: mean and standard deviation over seeds, and its costs."""
     groups = collections.defaultdict(list)
-    for record in records:
-        groups[record["variant"], record["fraction"]].append(record)
+    for found in records:
+        groups[found["variant"], found["fraction"]].append(found)
     rows = []
     for (variant, fraction), found in groups.items():
         values = [r[metric] for r in found]
@@ -202,27 +174,20 @@ def main() -> None:
             )
         chosen = [entry for entry in chosen if entry[0] in wanted]
     records = []
-    for seed in range(arguments.seeds):
-        for name, fraction, config in chosen:
-            found = train(config(seed))
-            records.append({"variant": name, "fraction": fraction, "seed": seed, **found})
-            print(f"{name:<13} {fraction or 0:<6} seed {seed}  {metric} {found[metric]:.4f}"
-                  f"  {found['cpu_seconds_a_step'] * 1e3:.0f} ms", flush=True)  # fmt: skip
-            jax.clear_caches()
+    for name, fraction, config in chosen:
+        for found in train(config, arguments.seeds):
+            records.append({"variant": name, "fraction": fraction, **found})
+            cost = f"{found['cpu_seconds_a_step'] * 1e3:.0f} ms"
+            print(f"{name:<13} {fraction or '':<6} seed {found['seed']}"
+                  f"  {metric} {found[metric]:.4f}  {cost}", flush=True)  # fmt: skip
+        jax.clear_caches()
     rows = summary(records, metric)
     for row in rows:
         print(json.dumps(row))
     if arguments.json:
-        about = {
-            "command": f"python -m benchmarks.structured_quality --host {arguments.host}"
-            f" --seeds {arguments.seeds} --steps {arguments.steps}",
-            "date": time.strftime("%Y-%m-%d"),
-            "device": f"{os.cpu_count()} {platform.machine()} cores",
-            "versions": {n: importlib.metadata.version(n) for n in ("jax", "flax", "optax")},
-            "python": platform.python_version(),
-        }
-        with open(arguments.json, "w") as file:
-            json.dump({**about, "metric": metric, "summary": rows, "runs": records}, file, indent=1)
+        command = f"--host {arguments.host} --seeds {arguments.seeds} --steps {arguments.steps}"
+        record(arguments.json, f"python -m benchmarks.structured_quality {command}",
+               metric=metric, summary=rows, runs=records)  # fmt: skip
     if arguments.plot:
         plot(rows, metric, arguments.plot)
 

@@ -435,7 +435,7 @@ zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
         (bad(bias=zeros((31,))), r"bias must be floating \[32\] or None, got \[31\]"),
         (bad(activation="tanh"), "activation must be one of None, 'gelu', 'relu', 'silu'"),
         (bad(precision="best"), "precision must be one of None, 'default'"),
-        (bad(implementation="gpu"), "implementation must be one of None, 'reference'"),
+        (bad(implementation="cuda"), "implementation must be one of None, 'reference'"),
         (bad(sharding="data"), "sharding must be NamedSharding"),
     ],
 )

@@ -346,7 +346,7 @@ def bad(**changes):
         (bad(left=jnp.zeros((4, 4, 4), jnp.bfloat16)), "left must be of x's dtype float32"),
         (bad(bias=jnp.zeros(4)), r"bias must be \[16\] or None, got \[4\]"),
         (bad(activation="tanh"), "activation must be one of 'gelu', 'relu', 'silu', None"),
-        (bad(implementation="gpu"), "implementation must be one of None, 'reference'"),
+        (bad(implementation="cuda"), "implementation must be one of None, 'reference'"),
     ],
 )
 def test_bad_input_is_named_with_what_is_accepted(arguments, words):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from pallas_kernels import dispatch, mesh
-from pallas_kernels.block_sparse_matmul import blockwise, tpu, tpu_plan
+from pallas_kernels.block_sparse_matmul import blockwise, gpu, tpu, tpu_plan
 from pallas_kernels.block_sparse_matmul.checks import check, precision_of
 from pallas_kernels.block_sparse_matmul.mask import BlockMask
 from pallas_kernels.block_sparse_matmul.reference import reference
@@ -48,7 +48,8 @@ def block_sparse_matmul(
         mesh of Auto axes; on one of Explicit axes it is read off x.
       precision: of float32 products, as for `jax.numpy.einsum`. Sums are in float32 whatever it is.
       implementation: None, by the platform for which the program is lowered; or "reference" (a
-        dense matrix), "blockwise" (XLA operations; what CPUs and GPUs get), "tpu".
+        dense matrix), "blockwise" (XLA operations; what CPUs and GPUs get), "tpu", "gpu" (kernels
+        for Hopper GPUs, which have not run on one).
 
     Returns:
       [..., O] in x's dtype.
@@ -107,25 +108,35 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _forward(implementation, settings, save, *arrays):
     x, blocks, u = arrays[:3]
-    reason = tpu_plan.unsupported_forward(x, blocks, u, settings, save)
+    reasons = {
+        "tpu": tpu_plan.unsupported_forward(x, blocks, u, settings, save),
+        "gpu": gpu.unsupported(x, blocks),
+    }
     call = lambda module, *given, **how: module.forward(*given, settings, save=save, **how)  # noqa: E731
-    return _choose(implementation, arrays, call, reason)
+    return _choose(implementation, arrays, call, reasons)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(implementation, settings, has_bias, *arrays):
     x, _, _, blocks, u = arrays[:5]
-    reason = tpu_plan.unsupported_backward(x, blocks, u, settings)
+    reasons = {
+        "tpu": tpu_plan.unsupported_backward(x, blocks, u, settings),
+        "gpu": gpu.unsupported(x, blocks),
+    }
     call = lambda module, *given, **how: module.backward(*given, has_bias, settings, **how)  # noqa: E731
-    return _choose(implementation, arrays, call, reason)
+    return _choose(implementation, arrays, call, reasons)
 
 
-def _choose(implementation, arrays, call, reason):
+def _choose(implementation, arrays, call, reasons):
     if dispatch.manual(arrays):
-        reason = "inside shard_map a kernel needs check_vma=False"
+        reasons = dict.fromkeys(reasons, "inside shard_map a kernel needs check_vma=False")
     on_cpu = functools.partial(call, blockwise, platform="cpu")
     elsewhere = functools.partial(call, blockwise, platform="accelerator")
-    kernels = {"tpu": dispatch.Kernel("tpu", functools.partial(call, tpu), reason)}
+    kernels = {
+        platform: dispatch.Kernel(name, functools.partial(call, module), reasons[name])
+        for platform, name, module in (("tpu", "tpu", tpu), ("cuda", "gpu", gpu))
+        if name in (implementation, "tpu")  # those for GPUs have never run: on request alone
+    }
     return dispatch.choose(
         "block_sparse_matmul", implementation, arrays, on_cpu, elsewhere, kernels
     )

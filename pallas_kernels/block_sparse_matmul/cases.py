@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.block_sparse_matmul import tpu
+from pallas_kernels.block_sparse_matmul import gpu, tpu
 from pallas_kernels.block_sparse_matmul.mask import BlockMask
 from pallas_kernels.block_sparse_matmul.settings import Settings
 from pallas_kernels.lab import Case, Program
+from pallas_kernels.lab.case import TPUS
 
 
 def butterfly(rows: int, columns: int, size: int, factors: int) -> BlockMask:
@@ -30,7 +31,7 @@ def case(
 
     FLOPs 2 M n^2 d + 2 M r (I + O), bytes 2 (M (I + O) + n^2 d + r (I + O)), and
     the gradients of weights as many FLOPs, and bytes in which weights count twice: they are
-    float32.
+    float32. On a GPU these are a kernel each for blocks, U and V, and x U and dy V^T are XLA's.
     """
     mask = butterfly(inputs // block, outputs // block, size, factors)
     settings = Settings(mask)
@@ -44,11 +45,19 @@ def case(
     gamma = jax.ShapeDtypeStruct((), jnp.float32) if r else None
     z = of(M, r) if r else None
 
-    def forward(x, blocks, u, v, gamma):
-        return tpu.forward(x, blocks, u, v, gamma, None, settings, save=False)[0]
+    def on(module):
+        def forward(x, blocks, u, v, gamma):
+            return module.forward(x, blocks, u, v, gamma, None, settings, save=False)[0]
 
-    def backward(x, dy, z, blocks, u, v, gamma):
-        return tpu.backward(x, dy, z, blocks, u, v, gamma, False, settings)[:4]
+        def backward(x, dy, z, blocks, u, v, gamma):
+            return module.backward(x, dy, z, blocks, u, v, gamma, False, settings)[:4]
+
+        return forward, backward
+
+    def either(on_tpu, on_gpu):
+        return lambda *args: jax.lax.platform_dependent(*args, cuda=on_gpu, default=on_tpu)
+
+    forward, backward = map(either, on(tpu), on(gpu))
 
     def cleared(*args):
         """The loops that clear the sums run in the first step alone: far below once a step."""
@@ -61,13 +70,23 @@ def case(
         name=name,
         kernels={"forward": forward, "backward": Program(backward, inner_runs=cleared)},
         args={"forward": (x, blocks, *low, gamma), "backward": (x, dy, z, blocks, *low, gamma)},
-        flops={"forward": flops, "_dx": flops, "_dw": flops},
+        flops={
+            "forward": flops, "_dx": flops, "_dw": flops,
+            "_forward": 2.0 * M * (live + r * outputs), "sparse_dx": 2.0 * M * (live + r * inputs),
+            "_dblocks": 2.0 * M * live, "_du": 2.0 * M * r * inputs, "_dv": 2.0 * M * r * outputs,
+        },
         hbm_bytes={
             "forward": moved,
             "_dx": moved + 2 * M * r,
             "_dw": moved + 2 * (live + r * (inputs + outputs)) + 4 * M * r,
+            "_forward": 2.0 * (M * (inputs + outputs + r) + live + r * outputs),
+            "sparse_dx": 2.0 * (M * (inputs + outputs + r) + live + r * inputs),
+            "_dblocks": 2.0 * M * (inputs + outputs) + 4 * live,
+            "_du": 2.0 * M * (inputs + r) + 4 * r * inputs,
+            "_dv": 2.0 * M * (r + outputs) + 4 * r * outputs,
         },
-    )
+        targets=(*TPUS, "h200"),
+    )  # fmt: skip
 
 
 # name, inputs, outputs, butterfly size, factors, rank: density is (factors + 1) / size.

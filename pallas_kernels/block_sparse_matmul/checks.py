@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_sparse_matmul.mask import BlockMask
 from pallas_kernels.block_sparse_matmul.settings import ACTIVATIONS
 
-IMPLEMENTATIONS = (None, "reference", "blockwise", "tpu")
+IMPLEMENTATIONS = (None, "reference", "blockwise", "tpu", "gpu")
 PRECISIONS = (None, "default", "high", "highest")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, mesh
-from pallas_kernels.monarch_matmul import blockwise, tpu
+from pallas_kernels.monarch_matmul import blockwise, gpu, tpu
 from pallas_kernels.monarch_matmul.checks import check
 from pallas_kernels.monarch_matmul.reference import finish, reference
 
@@ -35,6 +35,7 @@ def monarch_matmul(
     On a TPU it is one kernel each way: x is read and y written once, in their true order, and z
     stays on chip. It takes p, q, r and s that are multiples of 128, L a power of two, and weights
     that fit on the chip; other shapes are two batched products by XLA, said once.
+    Kernels for Hopper GPUs, which have not run on one, are taken on request alone.
 
     Args:
       x: [..., K p], float32, bfloat16, float16 or float64.
@@ -48,7 +49,7 @@ def monarch_matmul(
         None))`; each device then works on its rows with all the weights. Needed where the TPU
         kernel runs on a mesh whose axes are of type Auto.
       implementation: None, by the platform for which the program is lowered; or "reference",
-        "blockwise" (XLA operations; what GPUs get), "tpu".
+        "blockwise" (XLA operations; what GPUs get), "tpu", "gpu".
 
     Returns:
       y [..., L s] in x's dtype.
@@ -103,10 +104,13 @@ def _run(direction, implementation, activation, precision, x, right, left, last)
     call = functools.partial(_call, direction, options)
     on_cpu = functools.partial(call, blockwise, platform="cpu")
     elsewhere = functools.partial(call, blockwise, platform="accelerator")
-    reason = tpu.unsupported(x, right, left, direction == "backward")
-    if dispatch.manual(arrays):
-        reason = "inside shard_map a kernel needs check_vma=False"
-    kernels = {"tpu": dispatch.Kernel("tpu", functools.partial(call, tpu), reason)}
+    kernels = {}
+    for platform, name, module in (("tpu", "tpu", tpu), ("cuda", "gpu", gpu)):
+        if name in (implementation, "tpu"):  # those for GPUs have never run: on request alone
+            reason = module.unsupported(x, right, left, direction == "backward")
+            if dispatch.manual(arrays):
+                reason = "inside shard_map a kernel needs check_vma=False"
+            kernels[platform] = dispatch.Kernel(name, functools.partial(call, module), reason)
     return dispatch.choose("monarch_matmul", implementation, arrays, on_cpu, elsewhere, kernels)
 
 

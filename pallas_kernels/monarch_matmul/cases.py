@@ -6,18 +6,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lab import Case, Program
-from pallas_kernels.monarch_matmul import tpu, tpu_plan, tpu_weights
+from pallas_kernels.lab.case import TPUS
+from pallas_kernels.monarch_matmul import gpu, tpu, tpu_plan, tpu_weights
 from pallas_kernels.monarch_matmul.api import monarch_matmul
 
 
-def forward(x, right, left):
+def forward(x, right, left, implementation=None):
     """y of the platform's kernel."""
-    return monarch_matmul(x, right, left)
+    return monarch_matmul(x, right, left, implementation=implementation)
 
 
-def backward(x, right, left, dy):
+def backward(x, right, left, dy, implementation=None):
     """dx, dright, dleft of the platform's kernel."""
-    return jax.vjp(monarch_matmul, x, right, left)[1](dy)
+    product = functools.partial(forward, implementation=implementation)
+    return jax.vjp(product, x, right, left)[1](dy)
 
 
 def _weights_once(x, right, left, *_):
@@ -31,26 +33,48 @@ def _weights_once(x, right, left, *_):
     return found
 
 
+def _also_on_gpu(fn):
+    """`fn`, on a GPU with its kernels, which are taken on request alone, where they can do it."""
+
+    def chosen(x, right, left, *rest):
+        if gpu.unsupported(x, right, left, bool(rest)) is not None:
+            return fn(x, right, left, *rest)
+        on_request = functools.partial(fn, implementation="gpu")
+        return jax.lax.platform_dependent(x, right, left, *rest, cuda=on_request, default=fn)
+
+    return chosen
+
+
 def case(name: str, M: int, K: int, p: int, q: int, L: int, r: int, s: int) -> Case:
-    """bfloat16. A product with both factors takes 2 M (K p q + L r s), the backward pass two."""
+    """bfloat16. A product with both factors takes 2 M (K p q + L r s), the backward pass two.
+
+    On a GPU the backward pass is four kernels: z, dx with dz, and each factor's gradient.
+    """
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     args = of((M, K * p)), of((K, p, q)), of((L, r, s))
-    weights = K * p * q + L * r * s
-    flops = {"forward": 2.0 * M * weights, "backward": 4.0 * M * weights}
+    first, second, x, z, y = K * p * q, L * r * s, M * K * p, M * K * q, M * L * s
+    products = {"forward": first + second, "backward": 2 * (first + second)}
+    products |= {"_z": first, "_dx": first + second, "_dright": first, "_dleft": second}
     moved = {
-        "forward": 2.0 * (M * (K * p + L * s) + weights),
-        "backward": 2.0 * (M * (2 * K * p + L * s) + 2 * weights),
+        "forward": x + y + first + second,
+        "backward": 2 * x + y + 2 * (first + second),
+        "_z": x + z + first,
+        "_dx": x + y + z + first + second,
+        "_dright": x + z + 2 * first,
+        "_dleft": z + y + 2 * second,
     }
-    names = {"forward": "fwd", "backward": "bwd"}
+    for sizes in (products, moved):
+        sizes |= {"fwd": sizes["forward"], "bwd": sizes["backward"]}
     return Case(
         name=name,
         kernels={
-            "forward": Program(forward, inner_runs=_weights_once),
-            "backward": Program(backward, inner_runs=_weights_once),
+            "forward": Program(_also_on_gpu(forward), inner_runs=_weights_once),
+            "backward": Program(_also_on_gpu(backward), inner_runs=_weights_once),
         },
         args={"forward": args, "backward": (*args, of((M, L * s)))},
-        flops={key: flops[role] for role, part in names.items() for key in (role, part)},
-        hbm_bytes={key: moved[role] for role, part in names.items() for key in (role, part)},
+        flops={name: 2.0 * M * size for name, size in products.items()},
+        hbm_bytes={name: 2.0 * size for name, size in moved.items()},
+        targets=(*TPUS, "h200"),
     )
 
 

@@ -2,7 +2,7 @@
 
 from pallas_kernels.monarch_matmul.reference import ACTIVATIONS
 
-IMPLEMENTATIONS = (None, "reference", "blockwise", "tpu")
+IMPLEMENTATIONS = (None, "reference", "blockwise", "tpu", "gpu")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

@@ -1,0 +1,78 @@
+"""Small models trained in this process, for benchmarks of what a technique does to the loss."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+
+import jax
+
+from configs import common
+from efficient import data as data_lib
+
+DEPTH, HEADS = 2, 4
+PEAK = 2e-3
+
+
+def host_config(host: str, width: int, rules: list[dict], steps: int, seed: int):
+    """A two-layer model of this width with these rules before its own.
+
+    `lm`: GPT-2's shape on 64 bytes of the embedded corpus; `digits`: a ViT of 16 tokens.
+    """
+    arg = common.parse(None)
+    if host == "lm":
+        config = common.small_lm(arg, steps=steps)
+        config.model = {**config.model, "width": width, "depth": DEPTH, "max_length": 64}
+        config.rules = [*rules, *common.gpt2(width, DEPTH, HEADS)]
+        config.data = {**config.data, "length": 64}
+        config.eval_batches = 64
+    else:
+        config = common.digits(arg)
+        config.phases = [{**config.phases[0], "steps": steps}]
+        stage = {"width": width, "depth": DEPTH, "kernel": 2, "stride": 2}
+        config.model = {**config.model, "stages": [stage]}
+        attention, mlp, *rest = config.rules
+        sized = [{**attention, "heads": HEADS}, {**mlp, "hidden": 4 * width}]
+        config.rules = [*rules, *sized, *rest]
+    schedule = {"name": "cosine", "peak": PEAK, "warmup": max(1, steps // 10)}
+    config.phases = [with_schedule(config.phases[0], schedule)]
+    config.seed = seed
+    return config
+
+
+def with_schedule(phase: dict, schedule: dict) -> dict:
+    """The phase with this learning rate."""
+    return {**phase, "optimizer": {**phase["optimizer"], "learning_rate": schedule}}
+
+
+def run_phase(run, phase, state, seed: int | None = None):
+    """(state after the phase, metrics of its last step, CPU seconds of each step).
+
+    CPU seconds are those of all threads of the process.
+
+    Args:
+      seed: of the order of the data; None: the config's.
+    """
+    step, seconds, size = run.train_step(phase), [], run.config.batch_size
+    source, seed = run.train_source, run.config.seed if seed is None else seed
+    with data_lib.batches(source, batch_size=size, seed=seed, start_step=phase.start) as batches:
+        for _ in range(phase.start, phase.stop):
+            batch = run.placement.place_batch(next(batches), size)
+            before = time.process_time()
+            state, metrics = jax.block_until_ready(step(state, batch))
+            seconds.append(time.process_time() - before)
+    return state, {name: float(value) for name, value in metrics.items()}, seconds
+
+
+def record(path: str, command: str, **results) -> None:
+    """Writes results with what they were measured on."""
+    about = {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "device": f"{os.cpu_count()} {platform.machine()} cores, load {os.getloadavg()[0]:.1f}",
+        "versions": {n: importlib.metadata.version(n) for n in ("jax", "flax", "optax")},
+        "python": platform.python_version(),
+    }
+    with open(path, "w") as file:
+        json.dump({**about, **results}, file, indent=1)

@@ -1,0 +1,244 @@
+"""Structured products on a GPU: our Hopper kernels checked, then timed beside cuBLAS.
+
+    python -m benchmarks.structured [--op monarch,block_sparse] [--only NAME,...] [--json PATH]
+
+First every kernel's result and gradients are compared with the reference in float32 on the same
+device: the error may be twice that of the XLA form in bfloat16, plus the last bits of float32.
+Then, shape by shape, the kernels, a dense product by cuBLAS, and the XLA form take turns in one
+process, so that what else happens to the machine meets all of them; a figure is the median over
+rounds. The XLA form of a Monarch product is two batched products by cuBLAS with copies that
+permute, that of a block-sparse one batched products of gathered blocks. Times are of calls queued
+behind each other, so the dispatch is hidden. Backward is forward and backward less forward.
+
+The roofline is the greater of FLOPs over the H200's peak and bytes over its bandwidth, for a kernel
+that moves every array once; backward, twice the FLOPs, weights and their gradients once, dy and x
+read and dx written.
+
+Without a GPU it says so and exits with 0; with a failing check it exits with 1, after the timings.
+Needs jax with CUDA.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import gpu
+from pallas_kernels.block_sparse_matmul import block_sparse_matmul
+from pallas_kernels.block_sparse_matmul.cases import butterfly
+from pallas_kernels.lab.chips import chip
+from pallas_kernels.monarch_matmul import monarch_matmul
+
+M = 8192
+OPS = ("monarch", "block_sparse")
+PEERS = ("gpu", "dense", "blockwise")
+
+Sizes = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A product of x [M, inputs] with weights.
+
+    product: (implementation, x, *weights) -> y [M, outputs].
+    weights: sizes of the arrays, drawn to keep y of unit variance.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    weights: tuple[Sizes, ...]
+    product: Callable
+
+    def roofline(self, rows: int, backward: bool) -> float:
+        """Seconds on an H200."""
+        held = sum(map(math.prod, self.weights))
+        h200, times = chip("h200"), 2 if backward else 1
+        arrays = 2 * self.inputs + self.outputs if backward else self.inputs + self.outputs
+        return max(
+            times * 2 * rows * held / h200.peak_flops,
+            2 * (rows * arrays + times * held) / h200.hbm_bandwidth,
+        )
+
+    def draw(self, rows: int, seed: int = 0) -> tuple[Any, ...]:
+        """x, dy and the weights in bfloat16, on the default device."""
+        keys = iter(jax.random.split(jax.random.key(seed), 2 + len(self.weights)))
+        x, dy = (
+            jax.random.normal(next(keys), (rows, n), jnp.bfloat16)
+            for n in (self.inputs, self.outputs)
+        )
+        scaled = (
+            jax.random.normal(next(keys), s, jnp.bfloat16) * s[-2] ** -0.5 for s in self.weights
+        )
+        return x, dy, *(w.astype(jnp.bfloat16) for w in scaled)
+
+
+def monarch(K: int, p: int, q: int, L: int, r: int, s: int) -> Shape:
+    def product(implementation, x, right, left):
+        return monarch_matmul(x, right, left, implementation=implementation)
+
+    name = f"monarch_{K * p}_{L * s}_by_{K}"
+    return Shape(name, K * p, L * s, ((K, p, q), (L, r, s)), product)
+
+
+def block_sparse(inputs: int, outputs: int, factors: int, rank: int = 0, block: int = 128) -> Shape:
+    rows, columns = inputs // block, outputs // block
+    mask = butterfly(rows, columns, min(rows, columns, 32), factors)
+
+    def product(implementation, x, blocks, u=None, v=None):
+        return block_sparse_matmul(x, blocks, u=u, v=v, mask=mask, implementation=implementation)
+
+    low = ((inputs, rank), (rank, outputs)) if rank else ()
+    name = f"block_sparse_{inputs}_{outputs}_density_{mask.density:.3g}" + f"_r{rank}" * bool(rank)
+    return Shape(name, inputs, outputs, ((mask.count, block, block), *low), product)
+
+
+def shapes(ops: tuple[str, ...]) -> list[Shape]:
+    square = ((1024, 4), (1024, 8), (2048, 8), (4096, 8), (4096, 16), (8192, 16))
+    found = {
+        "monarch": [
+            *(monarch(b, n // b, n // b, b, n // b, n // b) for n, b in square),
+            monarch(8, 128, 128, 8, 128, 512),
+            monarch(8, 512, 128, 8, 128, 128),
+        ],
+        "block_sparse": [
+            block_sparse(1024, 1024, 1),
+            block_sparse(2048, 2048, 1),
+            block_sparse(4096, 4096, 3),
+            block_sparse(4096, 4096, 3, 128),
+            block_sparse(8192, 8192, 3),
+            block_sparse(8192, 8192, 3, 128),
+        ],
+    }
+    return [shape for op in ops for shape in found[op]]
+
+
+def check_shapes(ops: tuple[str, ...]) -> list[Shape]:
+    """Small ones: pieces of every width, and every term."""
+    found = {
+        "monarch": [
+            monarch(2, 128, 128, 2, 128, 128),
+            monarch(4, 128, 128, 4, 128, 128),
+            monarch(8, 128, 128, 8, 128, 128),
+            monarch(16, 128, 128, 16, 128, 128),
+            monarch(4, 256, 256, 8, 128, 256),
+        ],
+        "block_sparse": [
+            block_sparse(512, 512, 1),
+            block_sparse(1024, 512, 1, 64),
+            block_sparse(512, 1024, 1, 128, 256),
+        ],
+    }
+    return [shape for op in ops for shape in found[op]]
+
+
+def pair(product: Callable) -> tuple[Callable, Callable]:
+    """forward(x, *weights) and step(x, dy, *weights) -> y and all gradients."""
+
+    def step(x, dy, *weights):
+        y, pull = jax.vjp(product, x, *weights)
+        return y, *pull(dy)
+
+    return jax.jit(product), jax.jit(step)
+
+
+def check(shape: Shape, rows: int) -> dict[str, Any]:
+    arrays = shape.draw(rows, seed=1)
+    of = lambda name: pair(functools.partial(shape.product, name))[1]  # noqa: E731
+    with jax.default_matmul_precision("highest"):
+        right = of("reference")(*(a.astype(jnp.float32) for a in arrays))
+    near = of("blockwise")(*arrays)
+    return gpu.check(f"{shape.name}, {rows} rows", right, near, lambda: of("gpu")(*arrays))
+
+
+def timed(shape: Shape) -> dict[str, gpu.Timed | str]:
+    """By implementation; a string where one cannot run."""
+    found: dict[str, gpu.Timed | str] = {}
+    for name in PEERS:
+        try:
+            x, dy, *weights = shape.draw(M)
+            product = functools.partial(shape.product, name)
+            if name == "dense":
+                key = jax.random.key(2)
+                dense = jax.random.normal(key, (shape.inputs, shape.outputs), jnp.bfloat16)
+                weights, product = [dense * shape.inputs**-0.5], jnp.matmul
+            forward, step = pair(product)
+            calls = (
+                functools.partial(forward, x, *weights),
+                functools.partial(step, x, dy, *weights),
+            )
+            for call in calls:
+                jax.block_until_ready(call())
+            found[name] = gpu.Timed(calls)
+        except Exception as error:  # a peer that cannot do a shape is a row that says why
+            found[name] = gpu.reason(error)
+    return found
+
+
+def measure(shape: Shape, rounds: int, budget: float) -> list[dict[str, Any]]:
+    """A row for each implementation."""
+    found = timed(shape)
+    ready = {name: x for name, x in found.items() if not isinstance(x, str)}
+    rows = [{"case": shape.name, "by": k, "reason": x} for k, x in found.items() if k not in ready]
+    for name, (forward, step) in gpu.medians(ready, rounds, budget).items():
+        rows.append({
+            "case": shape.name, "by": name, "forward_s": forward, "step_s": step,
+            "roofline": shape.roofline(M, False) / forward,
+            "backward_roofline": shape.roofline(M, True) / (step - forward)
+            if step > forward else None,
+        })  # fmt: skip
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    if "reason" in row:
+        return f"{row['case']:40}{row['by']:12}{row['reason']}"
+    backward = row["backward_roofline"]
+    return (
+        f"{row['case']:40}{row['by']:12}{row['forward_s'] * 1e6:10.0f} us{row['roofline']:10.2f}"
+        f"{(row['step_s'] - row['forward_s']) * 1e6:10.0f} us"
+        f"{'-' if backward is None else format(backward, '.2f'):>10}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Structured products on a GPU beside cuBLAS.")
+    parser.add_argument("--op", default=",".join(OPS), help="of monarch, block_sparse, with commas")
+    parser.add_argument("--only", default="", help="names of shapes, separated by commas")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", default="", help="where to write all figures")
+    args = parser.parse_args(argv)
+    ops = tuple(args.op.split(","))
+    if set(ops) - set(OPS):
+        print(f"no op {args.op}; of: {', '.join(OPS)}", file=sys.stderr)
+        return 2
+    chosen = gpu.chosen(shapes(ops), args.only)
+    if chosen is None:
+        return 2
+    device = gpu.device()
+    if device is None:
+        return 0
+    checks = []
+    for shape in check_shapes(ops):
+        for rows in (512, 200):
+            checks.append(check(shape, rows))
+            gpu.say(checks[-1], "y, dx and weights")
+    titles = f"{'forward':>13}{'roofline':>10}{'backward':>13}{'roofline':>10}"
+    print(f"{'case':40}{'by':12}{titles}")
+    rows = []
+    for shape in chosen:
+        for row in measure(shape, args.rounds, budget=0.02):
+            rows.append(row)
+            print(line(row), flush=True)
+    gpu.write(args.json, device, checks=checks, rows=rows)
+    return 0 if all(c["passed"] for c in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Structured layers against a dense one on the CPU, by turns in one process.
+
+    python -m benchmarks.structured_cpu [--n 1024,2048,4096] [--rows M] [--turns N] [--json PATH]
+
+Times y = x W, and its gradients in x and the weights, in float32: dense, Monarch with sqrt(n) / 4
+to n / 128 blocks, Pixelfly at density 1/8 with blocks of 128 (and a rank of n / 32 within it), and
+the butterfly of n log2(n) multiplications. In every turn each is run once, in another order each
+time, so that what else runs on the machine meets all; the figure is the median over turns of the
+dense layer's time over the structured one's of the same turn, with quartiles. The results of the
+first turn are compared with the dense product of the materialized matrix.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.block_sparse_matmul import BlockMask, block_sparse_matmul
+from pallas_kernels.monarch_matmul import monarch_matmul
+
+BLOCK = 128
+
+
+def flat_butterfly(blocks: int, factors: int) -> BlockMask:
+    """Square, of a power of two of blocks: (factors + 1) / blocks of them are live."""
+    i = np.arange(blocks)
+    return BlockMask(np.isin(i[:, None] ^ i, [0, *(2**f for f in range(factors))]))
+
+
+def layers(n: int, rng):
+    """name -> (function of x and weights, weights, fraction of a dense layer's parameters)."""
+
+    def normal(*shape, fan_in):
+        return jnp.asarray(rng.normal(size=shape) * fan_in**-0.5, jnp.float32)
+
+    found = {"dense": (lambda x, w: x @ w, (normal(n, n, fan_in=n),), 1.0)}
+    for blocks in (8, 16, 32):
+        q = n // blocks
+        if q >= 32:
+            weights = tuple(normal(blocks, q, q, fan_in=q) for _ in range(2))
+            found[f"monarch, {blocks} blocks"] = (monarch_matmul, weights, 2 / blocks)
+    count = n // BLOCK
+    # Of 1/8: a flat butterfly of half or more of it, a rank for what is left.
+    factors = max(1, min(count.bit_length() - 1, count // 8 - 1))
+    mask = flat_butterfly(count, factors)
+    rank = max(0, round((1 / 8 - mask.density) * n / 2))
+    live = normal(mask.count, BLOCK, BLOCK, fan_in=BLOCK * (factors + 1))
+    low = (normal(n, rank, fan_in=n), normal(rank, n, fan_in=rank)) if rank else ()
+
+    def pixelfly(x, blocks, u=None, v=None):
+        return block_sparse_matmul(x, blocks, mask=mask, u=u, v=v)
+
+    fraction = mask.density + 2 * rank / n
+    found[f"pixelfly, {factors} factors, rank {rank}"] = (pixelfly, (live, *low), fraction)
+    return found
+
+
+def programs(fn, weights):
+    """The compiled forward pass and the compiled gradients, of x and dy."""
+    forward = jax.jit(fn)
+
+    @jax.jit
+    def backward(x, dy, *weights):
+        y, pull = jax.vjp(fn, x, *weights)
+        return y, pull(dy)
+
+    return (lambda x, dy: forward(x, *weights)), (lambda x, dy: backward(x, dy, *weights))
+
+
+def check(fn, weights, x) -> float:
+    """The largest error of y against x times the materialized matrix, over the largest value."""
+    matrix = np.asarray(jax.jit(fn)(jnp.eye(x.shape[1]), *weights), np.float64)
+    expected = np.asarray(x[:64], np.float64) @ matrix
+    return float(np.abs(fn(x[:64], *weights) - expected).max() / np.abs(expected).max())
+
+
+def measure(n: int, rows: int, turns: int) -> list[dict]:
+    """A record a layer and direction."""
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.normal(size=(rows, n)), jnp.float32) for _ in range(2))
+    found = layers(n, rng)
+    runs = {name: programs(fn, weights) for name, (fn, weights, _) in found.items()}
+    records = []
+    for index, direction in enumerate(("forward", "forward and backward")):
+        times = {name: [] for name in runs}
+        for turn in range(turns + 1):
+            for name in rng.permutation(list(runs)):
+                start = time.perf_counter()
+                jax.block_until_ready(runs[name][index](x, dy))
+                if turn:  # the first compiles
+                    times[name].append(time.perf_counter() - start)
+        base = np.array(times["dense"])
+        for name, (fn, weights, fraction) in found.items():
+            ratios = base / np.array(times[name])
+            low, median, high = np.percentile(ratios, [25, 50, 75])
+            records.append(
+                {
+                    "n": n,
+                    "rows": rows,
+                    "layer": name,
+                    "direction": direction,
+                    "fraction": fraction,
+                    "milliseconds": float(np.median(times[name]) * 1e3),
+                    "times_dense": [float(low), float(median), float(high)],
+                    "error": check(fn, weights, x),
+                }
+            )
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--n", default="1024,2048,4096")
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    sizes = [int(n) for n in arguments.n.split(",")]
+    for n in sizes:
+        if n % 1024 or n & (n - 1):
+            parser.error(f"--n {n}: sizes are powers of two from 1024")
+    print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} {platform.machine()} cores")
+    records = []
+    for n in sizes:
+        for record in measure(n, arguments.rows, arguments.turns):
+            low, median, high = record["times_dense"]
+            print(f"n {n:<5} {record['layer']:<30} {record['direction']:<21}"
+                  f" {record['milliseconds']:8.1f} ms  {median:5.2f} times as fast as dense"
+                  f" ({low:.2f} to {high:.2f})", flush=True)  # fmt: skip
+            records.append(record)
+    if arguments.json:
+        about = {
+            "command": f"python -m benchmarks.structured_cpu --n {arguments.n}"
+            f" --rows {arguments.rows} --turns {arguments.turns}",
+            "date": time.strftime("%Y-%m-%d"),
+            "device": f"{os.cpu_count()} {platform.machine()} cores, load {os.getloadavg()[0]:.1f}",
+            "versions": {"jax": version("jax"), "python": platform.python_version()},
+        }
+        with open(arguments.json, "w") as file:
+            json.dump({**about, "records": records}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The Hopper kernels of Monarch products: numbers in the Mosaic GPU interpreter, the real compiler.
+
+The interpreter detects races between copies and reads; memory starts as NaN.
+"""
+
+import functools
+
+import hopper_checks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hopper_checks import rounded
+from test_monarch_matmul import expected, make
+
+from pallas_kernels.monarch_matmul import cases, gpu, gpu_product, monarch_matmul
+
+KERNELS = {f"monarch_{kernel}" for kernel in ("forward", "z", "dx", "dright", "dleft")}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "reason"),
+    [
+        ((4, 128, 128, 4, 128, 128), jnp.bfloat16, None),
+        ((4, 128, 128, 4, 128, 192), jnp.bfloat16, "s = 192 of the blocks is no multiple of 128"),
+        ((6, 128, 128, 3, 256, 128), jnp.bfloat16, "q = 128 of right's blocks is no multiple of 8"),
+        ((2, 128, 4096, 2, 4096, 128), jnp.bfloat16, "too large for shared memory"),
+        ((4, 128, 128, 4, 128, 128), jnp.float32, "dtype float32; accepted: bfloat16 or float16"),
+    ],
+)
+def test_unsupported_says_why(sizes, dtype, reason):
+    x, right, left, _, _ = make(sizes, (64,), dtype)
+    found = gpu.unsupported(x, right, left, True)
+    assert found is None if reason is None else reason in found
+    if reason:
+        with pytest.raises(ValueError, match=f"implementation='gpu' cannot do this: .*{reason}"):
+            monarch_matmul(x, right, left, implementation="gpu")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "group", "width", "shared"),
+    [
+        ((8192, 16, 256, 16, 256, 16), 4, 16, (4, 2)),
+        ((8192, 8, 512, 8, 512, 64), 1, 64, (4, 2)),
+        ((64, 4, 256, 4, 256, 64), 2, 64, (2, 1)),
+        ((64 * 6, 2, 128, 2, 128, 64), 2, 64, (1, 2)),
+    ],
+)
+def test_plans(sizes, group, width, shared):
+    """z of a group in shared memory; a ring of an even number of stages beside it."""
+    at = gpu_product.plan(*sizes)
+    assert (at.group, at.width, at.shared) == (group, width, shared)
+    assert at.stages % 2 == 0 and at.stages >= 4
+
+
+def test_for_a_gpu_the_kernels_are_in_the_program_on_request_alone():
+    x, right, left, _, dy = make((2, 128, 128, 2, 128, 128), (64,), jnp.bfloat16)
+
+    def kernels(implementation):
+        def both(x, right, left, dy):
+            product = functools.partial(monarch_matmul, implementation=implementation)
+            y, pull = jax.vjp(product, x, right, left)
+            return y, *pull(dy)
+
+        return hopper_checks.lowered_kernels("monarch", both, x, right, left, dy)
+
+    assert kernels("gpu") == KERNELS and kernels(None) == set()
+    with pytest.raises(ValueError, match="needs a GPU; accepted elsewhere: None"):
+        monarch_matmul(x, right, left, implementation="gpu")
+
+
+# ---- numbers
+
+
+def naive(x, right, left, dy, dtype):
+    """y, dx, dright, dleft with z, dz and the first two rounded to dtype, products in float64."""
+    x, right, left, dy = (np.asarray(a, np.float64) for a in (x, right, left, dy))
+    (K, p, q), (L, r, s) = right.shape, left.shape
+    M = len(x)
+    x, dy = x.reshape(M, K, p), dy.reshape(M, s, L)
+    z = rounded(np.einsum("mkp,kpq->mkq", x, right), dtype).reshape(M, r, L)
+    dz = rounded(np.einsum("msl,lrs->mrl", dy, left), dtype).reshape(M, K, q)
+    y = rounded(np.einsum("mrl,lrs->msl", z, left), dtype).reshape(M, -1)
+    dx = rounded(np.einsum("mkq,kpq->mkp", dz, right), dtype).reshape(M, -1)
+    return y, dx, np.einsum("mkp,mkq->kpq", x, dz), np.einsum("mrl,msl->lrs", z, dy)
+
+
+def compare(sizes, M, dtype=jnp.bfloat16):
+    x, right, left, _, dy = make(sizes, (M,), dtype)
+    assert gpu.unsupported(x, right, left, True) is None
+    on = hopper_checks.machine()
+    y = jax.jit(lambda *a: gpu.forward(*a, None, None, None, on))(x, right, left)
+    hopper_checks.no_races()
+    dx, dright, dleft = jax.jit(lambda *a: gpu.backward(*a, None, on))(x, right, left, dy)
+    hopper_checks.no_races()
+    assert {y.dtype, dx.dtype} == {jnp.dtype(dtype)}
+    assert {dright.dtype, dleft.dtype} == {jnp.dtype(jnp.float32)}
+    names = ("y", "dx", "dright", "dleft")
+    hopper_checks.check(
+        dict(zip(names, (y, dx, dright, dleft), strict=True)),
+        dict(zip(names, expected(x, right, left, dy), strict=True)),
+        dict(zip(names, naive(x, right, left, dy, dtype), strict=True)),
+    )
+
+
+NUMBERS = {
+    # K, p, q, L, r, s; rows
+    "pieces of 64": ((2, 128, 128, 2, 128, 128), 128, jnp.bfloat16),
+    "pieces of 32, ragged": ((4, 128, 128, 4, 128, 128), 100, jnp.bfloat16),
+    "pieces of 16": ((8, 128, 128, 8, 128, 128), 64, jnp.bfloat16),
+    "pieces of 8": ((16, 128, 128, 16, 128, 128), 64, jnp.bfloat16),
+    "whole blocks, float16": ((1, 128, 256, 2, 128, 128), 64, jnp.float16),
+    "narrow": ((2, 256, 256, 4, 128, 128), 192, jnp.bfloat16),
+    "wide": ((4, 128, 128, 2, 256, 512), 128, jnp.bfloat16),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers(name):
+    compare(*NUMBERS[name])
+
+
+# ---- the compiler
+
+
+def compile_case(name):
+    case = next(c for c in cases.CASES if c.name == name)
+    for role, fn in case.kernels.items():
+        hopper_checks.print_reports(fn, case.args_of(role))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["1024 by 8", "4096 by 8", "4096 by 16", "1024 to 4096 by 8", "4096 to 1024 by 8"]
+)
+def test_compiles_for_an_h200_without_spills(name):
+    hopper_checks.compiles_without_spills(
+        f"test_monarch_matmul_gpu.compile_case({name!r})", KERNELS
+    )
