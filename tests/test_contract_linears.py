@@ -25,7 +25,13 @@ from efficient.scope import Context, Rules, Scope, call
 ROWS: dict[str, list[dict]] = {
     "dense": [{}, {"init_std": 0.1}],
     "bitlinear": [{}, {"measure": "mean"}, {"norm": False}],
+    "block_diagonal": [{"blocks": 4}, {"blocks": 2, "permute": "both"}],
     "block_sparse": [{"block": 4, "density": 0.4}],
+    "butterfly": [
+        {"block": 4, "pad": True},
+        {"block": 2, "products": 2, "increasing": False, "pad": True},
+        {"pad": True},
+    ],
     "low_rank": [{"rank": 5}, {"rank": 5, "init": "spectral"}],
     "matryoshka_heads": [{"sizes": [4, 16]}],
     "monarch": [{"blocks": 4}, {"blocks": 3}],

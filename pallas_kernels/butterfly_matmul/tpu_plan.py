@@ -1,0 +1,155 @@
+"""Sizes of the TPU kernels of `butterfly_matmul`, and what they cannot do."""
+
+from typing import NamedTuple
+
+LANES = 128
+# What a kernel may hold on chip: a v5p core has 64 MiB, the others twice as much.
+VMEM_BYTES = 60 * 2**20
+ROWS = (512, 256, 128)
+# FLOPs of a step's products, which are straight code, where it can be so short.
+STEP_FLOPS = 2**31
+# Stages at strides of whole registers that are made in one visit of registers.
+RADIX = 2
+
+
+class Plan(NamedTuple):
+    """Static facts of a call: x [M, N], factors of N / b blocks of b features.
+
+    rows: of a step.
+    """
+
+    M: int
+    N: int
+    b: int
+    increasing: bool
+    itemsize: int
+    backward: bool
+    rows: int = LANES
+
+    @property
+    def stages(self) -> int:
+        return (self.N // self.b).bit_length() - 1
+
+    @property
+    def lane_stages(self) -> int:
+        """Stages within the lanes of a register, which are one product."""
+        return max(0, (LANES // self.b).bit_length() - 1)
+
+    @property
+    def outer(self) -> list[tuple[int, int]]:
+        """(number, stride in tiles) of the other stages, in the order in which they are applied."""
+        count = self.stages - self.lane_stages
+        if self.increasing:
+            return [(self.lane_stages + i, 2**i) for i in range(count)]
+        return [(i, 2 ** (count - 1 - i)) for i in range(count)]
+
+    @property
+    def visits(self) -> list[list[int]]:
+        """Places in `outer` of the stages that are done in one turn."""
+        count, each = len(self.outer), RADIX if self.scalar else 1
+        return [list(range(i, min(i + each, count))) for i in range(0, count, each)]
+
+    @property
+    def turns(self) -> int:
+        return len(self.visits)
+
+    def numbers(self, turn: int) -> list[int]:
+        """Places in `outer` of the turn's stages."""
+        return self.visits[turn]
+
+    def strides(self, turn: int) -> list[int]:
+        """In tiles, of the turn's stages."""
+        return [self.outer[i][1] for i in self.visits[turn]]
+
+    def joined(self, turn: int) -> list[list[int]]:
+        """The tiles that the turn joins with each other, each list by distance from its first."""
+        strides = self.strides(turn)
+        step, count = min(strides), 2 ** len(strides)
+        firsts = (t for t in range(self.tiles) if t // step % count == 0)
+        return [[first + i * step for i in range(count)] for first in firsts]
+
+    @property
+    def lanes_first(self) -> bool:
+        return self.lane_stages > 0 and self.increasing
+
+    @property
+    def lanes_last(self) -> bool:
+        return self.lane_stages > 0 and not self.increasing
+
+    @property
+    def tile(self) -> int:
+        return max(LANES, self.b)
+
+    @property
+    def tiles(self) -> int:
+        return self.N // self.tile
+
+    @property
+    def scalar(self) -> bool:
+        """Whether outer stages are sums of registers, not products of blocks."""
+        return self.b == 1
+
+    @property
+    def steps(self) -> int:
+        return -(-self.M // self.rows)
+
+    @property
+    def shares(self) -> int:
+        """Two where the rows' gradients of weights are summed by each core of a chip of two."""
+        return 2 if self.backward and self.steps % 2 == 0 else 1
+
+    @property
+    def weights(self) -> int:
+        """Elements of the matrices."""
+        lanes = self.N * LANES if self.lane_stages else 0
+        return lanes + (0 if self.scalar else len(self.outer) * self.N * 2 * self.tile)
+
+    @property
+    def flops(self) -> int:
+        """Of the products of matrices; the backward pass makes again what it starts from."""
+        lanes = self.N * LANES if self.lane_stages else 0
+        outer = self.weights - lanes
+        if self.backward:
+            lanes *= 3 if self.lanes_first and self.turns else 2
+            outer = 3 * outer - (0 if self.lanes_last or not outer else outer // self.turns)
+        return 2 * self.M * (lanes + outer)
+
+    @property
+    def saved(self) -> int:
+        """Arrays [rows, N] in scratch: in the backward pass all values between products."""
+        if not self.turns:
+            return 0
+        between = self.turns - 1 + (self.lane_stages > 0)
+        return between if self.backward else min(1, between)
+
+    @property
+    def vmem(self) -> int:
+        """Bytes of the windows of rows, twice, scratch and weights."""
+        row = self.rows * self.N
+        held = (
+            row * (4 if self.scalar else self.itemsize) * (self.saved + (1 if self.backward else 0))
+        )
+        windows = 2 * row * self.itemsize * (3 if self.backward else 2)
+        sums = 4 * self.weights * self.backward
+        coefficients = 0
+        if self.scalar:
+            coefficients = 4 * len(self.outer) * 2 * self.N * (1 + 8 * self.backward)
+        return held + windows + self.itemsize * self.weights + sums + coefficients
+
+
+def plan(x, twiddle, increasing, backward) -> Plan | str:
+    """The plan of the most rows a step; or why there is none."""
+    (M, N), b = x.shape, twiddle.shape[-1]
+    if x.dtype.name not in ("float32", "bfloat16"):
+        return f"dtype {x.dtype.name}, not float32 or bfloat16"
+    if b & (b - 1) or N % LANES:
+        return f"{N} features in blocks of {b}, no power of two of at least {LANES}"
+    if M < LANES:
+        return f"{M} rows, fewer than {LANES}"
+    base = Plan(M, N, b, increasing, x.dtype.itemsize, backward)
+    options = [base._replace(rows=rows) for rows in ROWS if rows <= M]
+    fits = [option for option in options if option.vmem <= VMEM_BYTES]
+    if not fits:
+        return f"it would hold {options[-1].vmem / 2**20:.0f} of {VMEM_BYTES // 2**20} MiB on chip"
+    short = [p for p in fits if p.flops * p.rows <= STEP_FLOPS * p.M]
+    return short[0] if short else fits[-1]
