@@ -1,5 +1,6 @@
 """What every command does alike: how it fails, and how it prints numbers and tables."""
 
+import errno
 import functools
 import os
 import sys
@@ -10,12 +11,28 @@ from efficient.errors import UserError
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
+# What a disk or a path may answer to any command; other errors of the system are ours to explain.
+DISK = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ESTALE),
+)
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to tell the user of an error that is not the project's; None where it is."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK:
+        what = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        return f"{what}; give a path that can be written, or make room"
+    return None
 
 
 def main_guard(fn: Callable[Params, Result]) -> Callable[Params, Result]:
     """Decorates the `main` of a command.
 
-    A `UserError` becomes one line, `error: ...`, on stderr and exit status 2; Ctrl-C exits with
+    A `UserError` becomes one line, `error: ...`, on stderr and exit status 2, and so does a path
+    that cannot be written or a disk that is full; Ctrl-C exits with
     status 130 and a closed pipe (`... | head`) with 141, all without a traceback. Any other
     exception is a bug of the project and keeps its traceback. `SystemExit` is raised rather than
     a status returned, so the exit status holds under `absl.app.run` and a bare `main()` too.
@@ -25,9 +42,6 @@ def main_guard(fn: Callable[Params, Result]) -> Callable[Params, Result]:
     def guarded(*args: Params.args, **kwargs: Params.kwargs) -> Result:
         try:
             return fn(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from error
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             raise SystemExit(130) from None
@@ -35,6 +49,11 @@ def main_guard(fn: Callable[Params, Result]) -> Callable[Params, Result]:
             # Python flushes stdout once more at exit; send that nowhere instead of failing again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
+        except (UserError, OSError) as error:
+            if (line := one_line(error)) is None:
+                raise
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from error
 
     return guarded
 

@@ -1,6 +1,8 @@
 """Errors a user can mend: one line that says what is wrong and how to put it right."""
 
 import difflib
+import importlib
+import types
 from collections.abc import Iterable
 
 
@@ -9,6 +11,14 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+def optional(module: str, extra: str) -> types.ModuleType:
+    """Imports a package of an extra of the installation; one line says which where it is absent."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f'{error.name} is not installed: pip install -e ".[{extra}]"') from None
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

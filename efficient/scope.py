@@ -45,21 +45,22 @@ def param(shape: Sequence[int], init, dtype=jnp.float32, **metadata) -> nnx.Para
     Raises:
       UserError: `init` is a lambda, a closure or a partial, equal to nothing but itself.
     """
-    _check_initializer(init)
-    return nnx.Param(jax.ShapeDtypeStruct(tuple(shape), dtype), init_fn=init, **metadata)
+    return nnx.Param(_declared(shape, init, dtype), init_fn=init, **metadata)
 
 
 def buffer(shape: Sequence[int], init, dtype=jnp.float32, **metadata) -> Buffer:
     """Declares an array of state: batch statistics, a mask, a power-iteration vector."""
-    _check_initializer(init)
-    return Buffer(jax.ShapeDtypeStruct(tuple(shape), dtype), init_fn=init, **metadata)
+    return Buffer(_declared(shape, init, dtype), init_fn=init, **metadata)
 
 
-def _check_initializer(init) -> None:
-    """Refuses what is made anew with every block and then equals none of the others."""
+def _declared(shape: Sequence[int], init, dtype) -> jax.ShapeDtypeStruct:
+    """Refuses an empty array, and an initializer that is made anew with every block and then
+    equals none of the others."""
+    if any(size < 1 for size in shape):
+        raise UserError(f"an array would have the shape {tuple(shape)}; sizes must be 1 or more")
     named = "<" not in getattr(init, "__qualname__", "<")  # no <lambda>, nothing of <locals>
     if init is None or named or type(init).__eq__ is not object.__eq__:
-        return
+        return jax.ShapeDtypeStruct(tuple(shape), dtype)
     raise UserError(
         f"the initializer {getattr(init, '__qualname__', type(init).__name__)!r} equals no other,"
         " so that blocks would never be stacked; take one of efficient.init, such as Normal(0.02)"
@@ -146,13 +147,18 @@ class Rule:
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any], where: str) -> "Rule":
-        entry = dict(entry)
+        if not isinstance(entry, Mapping):
+            raise UserError(
+                f"{where} must be {{'at': ..., 'use': ..., **arguments}}, not {entry!r}"
+            )
         for key in ("at", "use"):
             if key not in entry:
                 others = entry.keys() - set(RULE_KEYS)
                 close = difflib.get_close_matches(key, others, n=1, cutoff=0.5)
                 hint = f"; you wrote {close[0]!r}" if close else ""
                 raise UserError(f"{where}: a rule needs 'at' and 'use'; {key!r} is missing{hint}")
+            if not isinstance(entry[key], str):
+                raise UserError(f"{where}: {key!r} must be a string, not {entry[key]!r}")
         try:
             re.compile(entry["at"])
         except re.error as error:

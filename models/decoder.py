@@ -45,6 +45,10 @@ class Decoder(nnx.Module):
         remat: str = "none",
         scan_from: int = 6,
     ):
+        sizes = {"vocab_size": vocab_size, "width": width, "depth": depth, "max_length": max_length}
+        for name, size in sizes.items():
+            if size < 1:
+                raise UserError(f"config.model.{name} must be 1 or more, got {size}")
         self.max_length, self.logit_softcap = max_length, logit_softcap
         self.embed = scope.fill("embedding", "embed", vocab_size, width)
         self.position = scope.fill("position", "position", width, max_length)

@@ -36,7 +36,7 @@ def pallas_calls(closed: Any) -> Iterator[PallasCall]:
         if eqn.primitive.name == "pallas_call":
             grid = eqn.params["grid_mapping"].grid
             grid = tuple(n if isinstance(n, int) else None for n in grid)
-            yield PallasCall(_kernel_name(eqn.params), grid, _parallel(eqn.params))
+            yield PallasCall(kernel_name(eqn.params), grid, _parallel(eqn.params))
             continue
         for value in eqn.params.values():
             for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -50,7 +50,8 @@ def _parallel(params: dict[str, Any]) -> bool:
     return any("parallel" in str(getattr(s, "value", s)).lower() for s in semantics)
 
 
-def _kernel_name(params: dict[str, Any]) -> str:
+def kernel_name(params: dict[str, Any]) -> str:
+    """The name of a kernel, from the parameters of its `pallas_call`."""
     # 0.10 keeps the function's own name beside its source line; `name` is the one the caller gave.
     name = params.get("name")
     if name:

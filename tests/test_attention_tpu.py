@@ -45,6 +45,9 @@ def test_plan_covers_the_mask(mask, T, S, group):
         owners.append(
             (n // group, kv) if group and plan.head is not None else (n, kv if group else q)
         )
+        region = state >> tpu_plan.REGION
+        pieces = tpu_plan.pieces_of(np.array([state]), tile)[0].tolist()
+        assert region == 0 or plan.regions[region - 1] == tuple(pieces)
         for piece in range(tile.pieces):
             kind = (state >> (tpu_plan.SHIFT + tpu_plan.WIDTH * piece)) & 7
             rows = q * tile.block_q + np.arange(tile.block_q)[:, None]
@@ -52,8 +55,6 @@ def test_plan_covers_the_mask(mask, T, S, group):
             seen[n][rows, columns] += np.broadcast_to(
                 plan.masks[kind].element(0, rows, columns), (tile.block_q, tile.piece)
             )
-            if state & tpu_plan.ALL_FULL:
-                assert kind == 1
     for n in heads:
         right = np.broadcast_to(mask.element(n, t, s), (T, S))
         np.testing.assert_array_equal(seen[n][:T, :S], right)
@@ -67,14 +68,33 @@ def test_plan_covers_the_mask(mask, T, S, group):
     assert len(set(owners)) == len(starts) == tiles * parts, "every output is written once"
 
 
-def test_inner_runs_of_the_laboratory_are_the_pieces_of_partial_tiles():
-    """T 4096 in tiles of 512 x 2048 (backward 512 x 1024), pieces of 512, counted by hand."""
-    q = jax.ShapeDtypeStruct((1, 4096, 2, 128), jnp.bfloat16)
-    full, causal = (cases.pieces_by_mask(mask)(q, q, q) for mask in (Full(), Causal()))
-    assert full["forward"] == full["backward"] == (0.0, 0.0)
-    # Tile of queries i has i + 1 live pieces in a row of 8; the blocks before its last are whole.
-    assert causal["forward"] == ((1 + 2 + 3 + 4) * 2 / (4 * 1 + 4 * 2), 0.0)
-    assert causal["backward"] == ((1 + 2) * 4 / (2 * (1 + 2 + 3 + 4)), 0.0)
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_the_laboratorys_cases_sample_keys_that_all_queries_see(case):
+    """So scores out of range are the only exceptions in their kernels, as `EXCEPTIONS` has it."""
+    q, k, _ = case.args_of("forward")
+    mask, T, S = case.kernels["forward"].fn.keywords["mask"], q.shape[1], k.shape[1]
+    tile = tpu_plan.tiling(Settings(mask=mask), T, S, 512, 2048)
+    plan = tpu_plan.plan(mask, q.shape[2], T, S, tile)
+    first = plan.state & tpu_plan.FIRST > 0
+    assert plan.complete and first.sum() == -(-T // tile.block_q)
+    for index, state in zip(plan.index[first].tolist(), plan.state[first].tolist()):
+        t = (index >> 16) * tile.block_q + np.arange(tile.block_q)[:, None]
+        piece = state >> tpu_plan.SAMPLE & tpu_plan.MOST_PIECES - 1
+        s = (index & 0xFFFF) * tile.block_kv + piece * tile.piece + np.arange(128)
+        assert np.broadcast_to(mask.element(0, t, s), (tile.block_q, 128)).any(1).all()
+
+
+def test_corners_are_what_a_mask_leaves_of_quarters():
+    tile = tpu_plan.tiling(Settings(), 4096, 4096, 512, 2048)
+    causal = tpu_plan.plan(Causal(), 1, 4096, 4096, tile)
+    assert causal.masks == (Empty(), Full(), Causal())
+    empty, partial, full = masks.EMPTY, masks.PARTIAL, masks.FULL
+    assert causal.corners == (None, None, ((partial, empty), (full, partial)))
+    # Keys s <= t + 100 leave other quarters of a tile beside the diagonal than of one on it.
+    shifted = tpu_plan.plan(Causal(100), 1, 4096, 4096, tile)
+    assert shifted.corners[2] is None
+    rows = {(1, 1, 1, 1), (1, 1, 1, 2), (1, 1, 2, 0), (1, 2, 0, 0), (2, 0, 0, 0)}
+    assert causal.complete and set(causal.regions) == rows and len(causal.regions) == 5
 
 
 def test_empty_blocks_cost_nothing():
@@ -190,6 +210,10 @@ def test_ragged_lengths_and_rows_that_see_nothing():
     _compare(mask=Causal(-60), T=200, S=300, H=80)
 
 
+def test_one_tile_of_one_block_whose_corners_are_skipped():
+    _compare(mask=Causal(), T=512, N=1, dtype=jnp.bfloat16, block_q=512, block_kv=None)
+
+
 def test_reference_value_exceeded():
     """Scores far beyond the sample's maximum: the exact path does these queries again."""
     _compare(T=128, S=512, block_kv=512, N=1, steep=30.0)
@@ -224,6 +248,24 @@ SLOW = {
     "segments_full": {"segments": True, "T": 300, "S": 200},
     "dropout": {"rate": 0.3, "B": 2, "mask": Causal()},
     "softcap": {"softcap": 5.0, "steep": 3.0},
+    "blocks_with_corners": {
+        "mask": Causal(1024),
+        "T": 1024,
+        "S": 2048,
+        "N": 1,
+        "block_q": 256,
+        "block_kv": 1024,
+    },
+    "steep_corners": {
+        "steep": 30.0,
+        "mask": Causal(),
+        "T": 1024,
+        "N": 1,
+        "block_q": 256,
+        "block_kv": 1024,
+    },
+    "steep_alone": {"steep": 30.0, "mask": Causal(), "T": 256, "N": 1, "block_q": 256},
+    "late_reference": {"mask": Window(100), "T": 512, "steep": 30.0, "block_kv": 512},
     "steep_causal": {"steep": 30.0, "mask": Causal(), "T": 512, "block_kv": 512},
 }
 
@@ -308,6 +350,7 @@ COMPILED = {
     "head_80_ragged": {"H": 80, "T": 300, "S": 1100, "mask": Causal(800)},
     "head_192": {"H": 192, "mask": Causal()},
     "head_256": {"H": 256, "T": 2048},
+    "head_256_bias_of_4096": {"H": 256, "T": 4096, "extra": ("bias",)},
     "float32": {"dtype": jnp.float32, "mask": Causal()},
     "float32_head_256": {"dtype": jnp.float32, "H": 256, "T": 1024},
     "float16": {"dtype": jnp.float16},

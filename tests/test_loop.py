@@ -95,6 +95,20 @@ def test_metrics_hold_each_step_once(whole):
     assert tiny.rows(whole) == [*train[:4], (4, "eval"), *train[4:], (8, "eval")]
 
 
+@pytest.mark.parametrize("every", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_line_tells_what_was_seen_up_to_its_step(whole, tmp_path, every):
+    folder = whole
+    if every > 1:  # then most lines are written while the next step is under way
+        folder = tmp_path
+        loop.train(tiny.config(common.phase(8), log_every=every, eval_every=4), str(folder))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len({row["step"] for row in rows}) >= 4
+    for row in rows:
+        assert (row["examples"], row["tokens"]) == (8 * row["step"], 8 * 32 * row["step"]), row
+    flops = [row["flops"] / row["step"] for row in rows[:4]]  # of the first phase
+    assert flops == [flops[0]] * 4 and flops[0] > 0
+
+
 def test_a_finished_run_started_again_only_evaluates(whole, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
@@ -269,6 +283,21 @@ def test_weight_decay_is_what_the_rules_say():
             np.testing.assert_allclose(decayed[path], expected, rtol=1e-5, atol=4 * one)
     scale = "params/final_norm/scale"
     assert np.abs(everywhere[scale] - decayed[scale]).max() > 0.9 * rate * decay
+
+
+@pytest.mark.slow
+def test_a_profile_window_is_traced_also_where_a_run_resumes_within_it(tmp_path, capsys):
+    def config(first, last):
+        fields = {"checkpoint_every": 2, "eval_batches": 1}
+        return tiny.config(common.phase(4), depth=1, profile=[first, last], **fields)
+
+    for number, (window, told) in enumerate({(1, 2): "1 to 2", (0, 9): "2 to 3"}.items(), 1):
+        loop.train(config(*window), str(tmp_path))
+        assert f"profile of steps {told}: {tmp_path}/profile" in capsys.readouterr().out
+        assert len(list(tmp_path.rglob("*.xplane.pb"))) == number
+        shutil.rmtree(tmp_path / "checkpoints" / "4")
+    loop.train(config(7, 9), str(tmp_path))
+    assert "profile of" not in capsys.readouterr().out
 
 
 @register("surgery", "test_blank")

@@ -5,14 +5,17 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efficient.errors import UserError
 from efficient.planning import plan as plan_lib
+from efficient.planning.flops import FlopCount
 from efficient.planning.hardware import CHIPS, Target
 from efficient.planning.memory import device_bytes, refused_bytes
 from efficient.planning.plan import Plan, plan
+from efficient.planning.roofline import NOT_COUNTED, read_work
 
 P = PartitionSpec
 B, D, F, L = 512, 1024, 2048, 6
@@ -122,6 +125,15 @@ def test_text_says_what_matters(train):
     assert "parameters" in text
     assert "reduce-scatter" in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_gpus_share_of_the_flops_is_not_called_compiled(train):
+    text = jax.jit(jnp.dot).lower(jnp.ones((8, 8)), jnp.ones((8, 8))).compile().as_text()
+    flops, mesh = FlopCount(96, 0, 0, ()), Mesh(np.array(jax.devices()[:1]), ("data",))
+    work = read_work(text, flops, Target.parse("h200"), mesh)
+    assert (work.flops, work.notes) == (96, (NOT_COUNTED,))
+    assert "of executed" in train.to_text()
+    assert "of executed" not in dataclasses.replace(train, notes=work.notes).to_text()
 
 
 def test_psum_in_a_scan_inside_shard_map(target, mesh):

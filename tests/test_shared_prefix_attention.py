@@ -133,8 +133,8 @@ def test_a_prefix_is_one_product_for_the_queries_of_all_sequences():
     program = jax.jit(cases.forward).trace(*case.args)
     calls = {call.name: call for call in compat.pallas_calls(program.jaxpr)}
     batch, keys, group = 256, 16384, 32 // 8
-    # key heads x tiles of 512 queries x blocks of 2048 keys: the rows are 256 sequences x 4 heads.
-    assert calls["attention_forward"].grid == (1, 8, batch * group // 512 * keys // 2048)
+    # key heads x tiles of 512 queries x blocks of 4096 keys: the rows are 256 sequences x 4 heads.
+    assert calls["attention_forward"].grid == (1, 8, batch * group // 512 * keys // 4096)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Wrong input: one line that says what to mend, status 2, and nothing touched in the workdir."""
 
+import errno
 import functools
+import os
 import re
 import shutil
 
@@ -14,6 +16,7 @@ from flax import nnx
 import eval as eval_script
 import train as train_script
 from configs import common
+from efficient.cli import main_guard
 from efficient.init import ZEROS
 from efficient.registry import register
 from efficient.scope import Context, Scope, buffer, param
@@ -113,6 +116,14 @@ ARGUMENTS = {
         ("--config=configs/quickstrt.py",),
         "no config file 'configs/quickstrt.py'; did you mean 'configs/quickstart.py'",
     ),
+    "config by name alone": (
+        ("--config=quickstart",),
+        "no config file 'quickstart'; did you mean 'configs/quickstart.py'",
+    ),
+    "group of fields": (
+        (SMOKE, "--config.data=digits"),
+        r"is a group; set .*--config.data.name=\.\.\.",
+    ),
     "config argument": (("--config=configs/quickstart.py:smke",), "did you mean 'smoke'"),
     "type of a config argument": (("--config=configs/lamb.py:batch_size=x",), "'x' is no int"),
     "unknown field": ((SMOKE, "--config.modl.width=3"), "--config.modl.*did you mean 'model'"),
@@ -179,6 +190,14 @@ FILES = {
         "config.rules = [{'at': 'embed', 'user': 'table'}]",
         "'use' is missing; you wrote 'user'$",
     ),
+    "rule by name alone": (
+        "config.rules = ['attention']",
+        r"config.rules\[0\] must be \{'at': .*not 'attention'",
+    ),
+    "pattern of another type": (
+        "config.rules = [{'at': 3, 'use': 'table'}]",
+        r"config.rules\[0\]: 'at' must be a string, not 3",
+    ),
     "pattern": (
         "config.rules = [{'at': r'(\\d', 'use': 'table'}]",
         r"'\(\\d' is no regular expression",
@@ -227,6 +246,15 @@ FILES = {
         "config.rules = [{'at': r'blocks/.*/mixer', 'use': 'attention', 'heads': 3}]",
         "32 does not divide into 3 heads",
     ),
+    "no heads": (
+        "config.rules = [{'at': r'blocks/.*/mixer', 'use': 'attention', 'heads': 0}]",
+        "blocks/0/mixer: heads must be 1 or more, got 0",
+    ),
+    "size below one": (
+        "config.rules = [{'at': r'blocks/.*/channel', 'use': 'mlp', 'hidden': -8}]",
+        r"blocks/0/channel.*shape \(32, -8\); sizes must be 1 or more",
+    ),
+    "no layers": ("config.model.depth = 0", "config.model.depth must be 1 or more, got 0"),
     "key-value heads": (
         "config.rules = [{'at': r'.*/mixer', 'use': 'attention', 'heads': 4, 'kv_heads': 3}]",
         "4 heads do not divide into 3 kv_heads",
@@ -328,6 +356,22 @@ FILES = {
         "config.phases = [common.phase(2, objective={'name': 'classification'})]",
         "'classification' look for 'label' in a batch",
     ),
+    "objective of a later phase": (
+        "config.phases = [common.phase(2), common.phase(2, objective={'name': 'classification'})]",
+        r"phases\[1\].*'classification' look for 'label' in a batch",
+    ),
+    "selection": (
+        "config.phases = [common.phase(2), common.phase(2, selection={'name': 'data_dite'})]",
+        r"phases\[1\].selection: unknown selection 'data_dite'; did you mean 'data_diet'",
+    ),
+    "selection before training": (
+        "config.phases = [common.phase(2, selection={'name': 'data_diet'})]",
+        r"phases\[0\].selection: nothing has been trained yet",
+    ),
+    "selection by labels": (
+        "config.phases = [common.phase(2), common.phase(2, selection={'name': 'data_diet'})]",
+        r"phases\[1\].selection: 'data_diet' needs 'label'.*gives targets, tokens",
+    ),
     "surgery": (
         "config.phases = [common.phase(2, surgery=[{'name': 'lora', 'at': r'\\d/nothing'}])]",
         r"phases\[0\].surgery\[0\]: surgery at '\\d/nothing' matches nothing",
@@ -346,6 +390,7 @@ FILES = {
     "no phases": ("config.phases = []", "config.phases is empty"),
     "field of the config": ("config.bacth_size = 8", "no field 'bacth_size'; did you mean 'batch"),
     "type in the file": ("config.batch_size = 'many'", "mine.py line 8: TypeError: .*batch_size"),
+    "profile": ("config.profile = [3, 1]", r"config.profile must be \[first, last\] steps, got"),
     "sample of no text": ("config.sample.length = 4", "only a decoder of text gives samples"),
     "remat": ("config.model.remat = 'ful'", "did you mean 'full'"),
     "import": ("config.imports = ['nothing_here']", "cannot import 'nothing_here'"),
@@ -375,10 +420,35 @@ def test_a_config_file_that_is_no_python(write, tmp_path, capsys):
     status, _, err = tiny.finish(command)
     assert status == 2
     assert "get_config" in one_line(err)
+    path = write("return None", header="def get_config():\n")
+    found = refused(capsys, train_script.main, f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert found == "get_config must return a ConfigDict, got NoneType"
 
 
 def test_a_missing_workdir(capsys):
     assert "add --workdir=" in refused(capsys, train_script.main, SMOKE)
+
+
+def test_a_workdir_that_cannot_be(write, tmp_path, capsys):
+    config, file = write(), tmp_path / "file"
+    file.write_text("")
+    found = refused(capsys, train_script.main, f"--config={config}", f"--workdir={file}")
+    assert "file is a file; --workdir names the folder of a run" in found
+    found = refused(capsys, train_script.main, f"--config={config}", f"--workdir={file}/run")
+    assert re.search(r"cannot write .*file/run/config.json: Not a directory", found)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.ENOENT])
+def test_what_a_disk_answers_is_one_line_and_what_is_a_bug_is_not(number, capsys):
+    @main_guard
+    def main(argv):
+        raise OSError(number, os.strerror(number), "metrics.jsonl")
+
+    if number == errno.ENOENT:  # of a file that the project itself looked for
+        with pytest.raises(FileNotFoundError):
+            main([])
+    else:
+        assert f"{os.strerror(number)}: metrics.jsonl" in refused(capsys, main)
 
 
 def test_a_workdir_of_another_config_stays_as_it_is(write, finished, capsys):
@@ -387,6 +457,26 @@ def test_a_workdir_of_another_config_stays_as_it_is(write, finished, capsys):
     found = refused(capsys, train_script.main, f"--config={path}", f"--workdir={finished}")
     assert re.search(r"holds a run with another config\.phases.*use a new --workdir", found)
     assert contents(finished) == before
+
+
+def test_the_config_of_a_run_is_known_from_its_checkpoint_too(write, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "config.json").write_text('{"seed"')
+    path = write("config.phases = [common.phase(3)]", "config.checkpoint_every = 1")
+    found = refused(capsys, train_script.main, f"--config={path}", f"--workdir={folder}")
+    assert re.search(r"holds a run with another config\.phases.*use a new --workdir", found)
+    loop.train(tiny.config(common.phase(2), checkpoint_every=1), str(folder))
+    assert "damaged" not in refused(capsys, eval_script.main, f"--workdir={folder}", "--lengths=0")
+
+
+def test_a_config_that_never_began_to_train_can_be_mended(write, tmp_path, capsys):
+    flags = [f"--workdir={tmp_path / 'run'}"]
+    path = write("config.init_from = '/nowhere'")
+    refused(capsys, train_script.main, f"--config={path}", *flags)
+    assert (tmp_path / "run" / "config.json").exists()
+    path = write("config.init_from = '/nowhere/else'")
+    assert "/nowhere/else" in refused(capsys, train_script.main, f"--config={path}", *flags)
 
 
 @pytest.mark.parametrize("script", ["train", "eval"])

@@ -44,7 +44,7 @@ class MLP(nnx.Module):
         activation: str = "gelu",
         bias: bool = False,
     ):
-        hidden = hidden or 4 * width
+        hidden = 4 * width if hidden is None else hidden
         self.activation = activation
         _ = self.act  # an unknown name fails here, not at the first call
         self.up = scope.linear("up", width, hidden, bias)
@@ -75,7 +75,7 @@ class GLU(nnx.Module):
         activation: str = "silu",
         bias: bool = False,
     ):
-        hidden = hidden or -(-8 * width // 3 // 64) * 64
+        hidden = -(-8 * width // 3 // 64) * 64 if hidden is None else hidden
         self.activation = activation
         _ = self.act
         self.gate = scope.linear("gate", width, hidden, bias)

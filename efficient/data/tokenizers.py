@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from efficient.errors import UserError
+from efficient.errors import UserError, optional
 
 # The end-of-document tokens of common vocabularies, the most specific first.
 _EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
@@ -53,14 +53,13 @@ class HFTokenizer:
     """
 
     def __init__(self, path: str):
-        from tokenizers import Tokenizer as Implementation
-
+        tokenizers = optional("tokenizers", "data")
         if not Path(path).is_file():
             raise UserError(
                 f"no tokenizer at {path}: give the path of a Hugging Face tokenizer.json"
             )
         try:
-            self._tokenizer = Implementation.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # The library raises bare Exceptions.
             raise UserError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)

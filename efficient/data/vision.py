@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from efficient.data.pipeline import Example, source, spec_of
-from efficient.errors import UserError
+from efficient.errors import UserError, optional
 
 # Of the digits of each class, in the order of the data set, every fifth is held out.
 _HELD_OUT_EVERY = 5
@@ -86,8 +86,7 @@ def tfds(
 
 
 def _open(dataset: str, split: str, data_dir: str | None):
-    import tensorflow_datasets
-
+    tensorflow_datasets = optional("tensorflow_datasets", "data")
     try:
         return tensorflow_datasets.data_source(
             dataset, split=split, data_dir=data_dir, download=False
@@ -145,8 +144,7 @@ class TfdsImages:
 
 def _square(image: np.ndarray, size: int, resize: str) -> np.ndarray:
     """The central square of a uint8 image [H, W, C], resized to [size, size, C]."""
-    from PIL import Image
-
+    Image = optional("PIL.Image", "data")
     height, width, channels = image.shape
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

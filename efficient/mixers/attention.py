@@ -69,6 +69,9 @@ class Attention(nnx.Module):
         kernel: str | None = None,
         bias: bool = False,
     ):
+        for name, size in {"heads": heads, "kv_heads": kv_heads, "head_size": head_size}.items():
+            if size is not None and size < 1:
+                raise UserError(f"{name} must be 1 or more, got {size}")
         heads = heads or max(1, width // 64)
         kv_heads = kv_heads or heads
         if head_size is None and width % heads:

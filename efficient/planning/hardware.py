@@ -294,7 +294,7 @@ def _gpu_devices(target: Target) -> np.ndarray:
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise UserError(
             f"planning for {target} needs NVIDIA's compilers (4.5 GB, no GPU): make lab-gpu, then"
-            " run the same with JAX_PLATFORMS=cpu .venv-gpu/bin/python"
+            " run the same with .venv-gpu/bin/python"
         )
     from jax.experimental import topologies
 

@@ -36,7 +36,8 @@ class Plan:
     Attributes:
       fits: whether the program compiles and its memory is there.
       flops: matrix FLOPs of a step over all devices, from the jaxpr.
-      device_flops: matrix FLOPs that one device executes in the compiled program; None if refused.
+      device_flops: matrix FLOPs that one device executes in the compiled program; on a GPU its
+        share of `flops`; None if refused.
       xla_flops: XLA's own count for one device, loop bodies counted once; None if not given.
       hbm_bytes: estimate of one device's HBM traffic in a step, loops multiplied.
       largest: the largest values of the traced program before sharding, if it does not fit.

@@ -3,6 +3,7 @@
 import dataclasses
 
 from efficient.planning.collectives import Collective
+from efficient.planning.roofline import NOT_COUNTED
 
 _WIDTH = 100
 
@@ -70,7 +71,7 @@ def _flops(plan) -> list[str]:
         f"  {'recomputed':<18}{flops.recomputed:>14.4e}  by jax.checkpoint",
         f"  {'executed':<18}{flops.total:>14.4e}  {flops.kernels:.3e} of it in Pallas kernels",
     ]
-    if plan.device_flops:
+    if plan.device_flops and NOT_COUNTED not in plan.notes:
         share = plan.device_flops * plan.devices / max(1, flops.total)
         lines.append(
             f"  {'compiled':<18}{plan.device_flops * plan.devices:>14.4e}  {share:.3f} of executed"

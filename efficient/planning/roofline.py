@@ -8,6 +8,11 @@ from efficient.planning.flops import FlopCount
 from efficient.planning.hardware import Target
 from efficient.planning.hlo import Module
 
+NOT_COUNTED = (
+    "a GPU's program does not tell the FLOPs of its libraries: an equal share of those of the jaxpr"
+    " stands for a device's"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
@@ -56,10 +61,12 @@ def read_work(text: str, flops: FlopCount, target: Target, mesh) -> Work:
     # The text does not say what a Pallas kernel computes; on a GPU nor what a library call does.
     kernels = flops.kernels // target.device_count
     executed += kernels
+    notes = sorted(module.notes)
     if target.platform != "tpu":
         executed = flops.total // target.device_count
+        notes.append(NOT_COUNTED)
     operations += kernels / peak
     collectives = find_collectives(module, target, mesh)
     terms = (executed / peak, moved / bandwidth, sum(c.seconds for c in collectives))
     roofline = Roofline(*terms, operations, overlapped=max(terms), serial=sum(terms))
-    return Work(executed, moved, tuple(collectives), roofline, tuple(sorted(module.notes)))
+    return Work(executed, moved, tuple(collectives), roofline, tuple(notes))

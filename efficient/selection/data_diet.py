@@ -118,6 +118,11 @@ class DataDiet:
         if self.inits < 1:
             raise UserError(f"data_diet: inits must be at least 1, got {self.inits}")
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the scores read of an example."""
+        return () if self.score == "random" else ("label",)
+
     def __call__(self, scoring) -> np.ndarray:
         """Indices of the kept examples, in order; `scoring` is what the loop gives."""
         return window(self.scores(scoring), self.keep, self.offset)
@@ -135,8 +140,6 @@ class DataDiet:
 def _all_scores(function, scoring, values) -> Float[np.ndarray, " n"]:
     scores = []
     for batch in scoring.batches():
-        if "label" not in batch:
-            raise UserError("data_diet scores classification; the data has no label")
         real = np.asarray(batch.get("weight", np.ones(len(batch["label"])))) > 0
         batch = {k: v for k, v in batch.items() if k not in ("index", "weight")}
         scores.append(np.asarray(function(values, batch), np.float64)[real])

@@ -11,10 +11,11 @@ import sys
 import time
 import traceback
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import UnsupportedOperationError
 
+from efficient.cli import one_line
 from efficient.errors import UserError, nearest
 
 # How long a process may be silent before the others take it for dead.
@@ -78,8 +79,8 @@ def evaluate(argv: list[str]) -> None:
             f"{values.workdir} holds no run (no config.json); name the --workdir of one"
         )
     try:
-        config = ConfigDict(json.loads(path.read_text()))
-    except ValueError:
+        config = ConfigDict(dict(json.loads(path.read_text())))
+    except (ValueError, TypeError):
         raise UserError(f"{path} is damaged; start the run's train.py again to mend it") from None
     if values.config is not None:
         config = _config(values)
@@ -172,8 +173,8 @@ class _Processes:
             jax.distributed.shutdown()
             return
         status = 2
-        if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if (line := one_line(error)) is not None:
+            print(f"error: {line}", file=sys.stderr, flush=True)
         elif isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
             print(
                 f"error: another process of this run has died ({str(error).splitlines()[0][:200]});"
@@ -210,6 +211,7 @@ def _reach(coordinator: str, seconds: float) -> None:
 
 def _parse(values: flags.FlagValues, argv: list[str], required: tuple[str, ...]) -> None:
     """Parses; whatever is wrong on the command line or in the config file is one line."""
+    logging.set_verbosity(logging.ERROR)  # config_flags' warnings are errors here, told below
     try:
         left = values(argv)
     except UserError:
@@ -223,13 +225,17 @@ def _parse(values: flags.FlagValues, argv: list[str], required: tuple[str, ...])
     except flags.Error as error:
         if "parsing config file" in str(error):  # a traceback as text, of an error in that file
             raise UserError(_why(error, argv)) from error
+        if group := re.match(r"flag --(\S+?)=.* as a ConfigDict", str(error)):
+            raise UserError(
+                f"--{group[1]} is a group; set a field, --{group[1]}.name=..."
+            ) from None
         raise UserError(f"{str(error).rstrip(' ?')}; see --help") from None
     except Exception as error:
         raise UserError(_why(error, argv)) from error
     if len(left) > 1:
         raise UserError(f"what is {left[1]!r}? options are --name=value; see --help")
     for name in required:
-        if values[name].value is None:
+        if not values[name].present:
             raise UserError(f"--{name} is missing; see the top of {pathlib.Path(argv[0]).name}")
 
 
@@ -247,8 +253,8 @@ def _check_file(name: str) -> None:
     path = pathlib.Path(name)
     if path.is_file():
         return
-    known = [f"{path.parent}/{p.name}" for p in path.parent.glob("*.py") if p.stem != "__init__"]
-    known = known or [f"configs/{p.name}" for p in pathlib.Path("configs").glob("[!_]*.py")]
+    folders = {pathlib.Path("configs"), path.parent} - {pathlib.Path()}
+    known = [p.as_posix() for folder in folders for p in folder.glob("[!_]*.py")]
     raise UserError(f"no config file {name!r}; {nearest(name, known)}")
 
 

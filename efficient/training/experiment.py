@@ -47,6 +47,7 @@ class Phase:
     optimizer: optax.GradientTransformation
     learning_rate: float | Schedule
     surgeries: tuple[Any, ...]
+    selection: Callable | None  # which training examples it keeps, of `Scoring`; None: all
     treatments: Mapping[str, Treatment]  # by the paths of `stacked`
 
     @functools.cached_property
@@ -100,6 +101,17 @@ def check_data(rules: Rules, spec: Mapping[str, Any], config: ConfigDict) -> Non
             )
 
 
+def check_selections(phases: Sequence["Phase"], spec: Mapping[str, Any]) -> None:
+    """Refuses a selection of examples that lack what it scores by (its `needs`)."""
+    for phase in phases:
+        for name in getattr(phase.selection, "needs", ()):
+            if name not in spec:
+                raise UserError(
+                    f"config.phases[{phase.index}].selection: {phase.config['selection']['name']!r}"
+                    f" needs {name!r} of each example, but the data gives {', '.join(sorted(spec))}"
+                )
+
+
 def build_phases(config: ConfigDict, model: nnx.Module, placement: Placement) -> list[Phase]:
     """All phases; surgery is applied to the abstract model in order."""
     if not config.phases:
@@ -133,6 +145,7 @@ def _phase(index, start, entry, model, surgeries, placement) -> Phase:
             variable.set_metadata("gathered", placement.gathered(path, variable.shape))
     treatments = {p: treat(model_lib.layers_of(p)[0]) for p in model_lib.is_param(stacked)}
     objective = make("objective", entry["objective"], f"{where}.objective")
+    selection = _selection(index, entry["selection"], f"{where}.selection")
     learning_rate, transform = _optimizer(entry, treatments, f"{where}.optimizer")
     return Phase(
         index,
@@ -145,6 +158,7 @@ def _phase(index, start, entry, model, surgeries, placement) -> Phase:
         transform,
         learning_rate,
         surgeries,
+        selection,
         treatments,
     )
 
@@ -160,6 +174,16 @@ def make(kind: str, entry: Mapping[str, Any], where: str, *host, skip: Sequence[
         raise UserError(f"{where}: {error}") from None
     registry.check_arguments(technique, arguments, where)
     return technique.build(*host, **arguments)
+
+
+def _selection(index: int, entry: Mapping[str, Any] | None, where: str) -> Callable | None:
+    if entry is None:
+        return None
+    if index == 0:
+        raise UserError(
+            f"{where}: nothing has been trained yet to select by; give it to a later one"
+        )
+    return make("selection", entry, where)
 
 
 def _optimizer(entry, treatments, where) -> tuple[float | Schedule, optax.GradientTransformation]:

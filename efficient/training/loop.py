@@ -25,21 +25,8 @@ from efficient.training.evaluation import Evaluator, bits_per_byte_baseline, sam
 from efficient.training.experiment import Phase
 from efficient.training.metrics import Clock, MetricWriter, plot_losses, print_line, progress_line
 from efficient.training.run import Run, Subset, flatten, unflatten
+from efficient.training.workdir import claim, use_compile_cache
 
-# What may change between the starts of one run, since its result does not depend on it.
-FREE_FIELDS = (
-    "data_workers",
-    "mesh",
-    "placement",
-    "log_every",
-    "eval_every",
-    "eval_batches",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "profile",
-    "sample",
-    "plot",
-)
 SHOWN = ("loss", "accuracy")
 # What shows that a run has diverged; the norms are of all gradients and all trained parameters.
 WATCHED = {"loss": "loss", "grad_norm": "gradient norm", "param_norm": "norm of the parameters"}
@@ -55,45 +42,12 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """
     folder = pathlib.Path(workdir).absolute()
     run = Run(config)
-    run.flops(run.phases[0])  # traces the step: what does not fit together fails before the claim
+    for phase in run.phases:
+        run.flops(phase)  # traces the step: what does not fit together fails before the claim
     claim(folder, config)
     use_compile_cache(folder)
     with Checkpointer(str(folder / "checkpoints"), keep=config.keep_checkpoints) as checkpoints:
         return Trainer(run, folder, checkpoints).run_phases()
-
-
-def claim(folder: pathlib.Path, config: ConfigDict) -> None:
-    """Writes the config into a new workdir; refuses one that another config was run in."""
-    path = folder / "config.json"
-    ours = json.loads(config.to_json_best_effort())
-    if path.exists():
-        try:
-            theirs = json.loads(path.read_text())
-        except ValueError:
-            theirs = {}  # cut short when the first start was killed: nothing depends on it yet
-        changed = [k for k in ours if theirs and k not in FREE_FIELDS and theirs.get(k) != ours[k]]
-        if changed:
-            raise UserError(
-                f"{folder} holds a run with another config.{changed[0]}"
-                f" ({_short(theirs.get(changed[0]))}, now {_short(ours[changed[0]])});"
-                " use a new --workdir"
-            )
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps(ours, indent=1))
-        temporary.replace(path)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def use_compile_cache(folder: pathlib.Path) -> None:
-    """A restarted run compiles nothing that this workdir has compiled before."""
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compile_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 class Trainer:
@@ -106,6 +60,7 @@ class Trainer:
         self.kept: Any = None  # indices of selected training examples, None for all
         self.last_good: int | None = None
         self.stopping = False
+        self.profiling: int | None = None  # the first step of the trace under way
         self.evaluated: dict[tuple[int, int], dict[str, float]] = {}  # by phase and step
         self.unchecked: list[tuple[int, dict[str, jax.Array]]] = []  # WATCHED of recent steps
         devices = run.placement.mesh.devices
@@ -131,6 +86,8 @@ class Trainer:
                     print_line(f"phase {phase.index + 1}/{len(self.run.phases)}")
                     state, self.kept = self.run.pass_on(phase, state)
         finally:
+            if self.profiling is not None:
+                jax.profiler.stop_trace()
             if not several:
                 signal.signal(signal.SIGTERM, previous)
 
@@ -183,16 +140,17 @@ class Trainer:
         pending = None  # metrics of the step before, fetched once the next is under way
         with self._batches(first) as batches:
             for step in range(first, phase.stop):
-                self._profile(step)
+                self._profile(step, state)
                 batch = self._place(next(batches))
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = train_step(state, batch)
-                self.clock.count(**self._amount(batch), flops=flops)
                 if len(self.unchecked) >= 100:
                     self._check_finite(phase, step)
                 self.unchecked.append((step + 1, {name: metrics[name] for name in WATCHED}))
                 if pending is not None:
                     self._log(phase, *pending)
+                # after that, so that a line tells what was seen up to its own step
+                self.clock.count(**self._amount(batch), flops=flops)
                 pending = (step + 1, metrics) if self._is_log(step + 1, first, phase) else None
                 stop = self._must_stop(step + 1)
                 if stop or self._is_due(step + 1, phase, "checkpoint_every"):
@@ -310,6 +268,7 @@ class Trainer:
 
     def _finish(self, phase: Phase, state: step_lib.State) -> dict[str, float]:
         """The last evaluation, a sample, the curve, and where everything is."""
+        self._profile(self.run.total_steps, state)
         metrics = self.evaluated.get((phase.index, self.run.total_steps))
         if metrics is None:  # resumed after the last step, or the last phase has no steps
             metrics = self._evaluate(Evaluator(self.run, phase), self.run.total_steps, state)
@@ -328,15 +287,20 @@ class Trainer:
         print_line(f"files      {', '.join(files)}")
         return metrics
 
-    def _profile(self, step: int) -> None:
-        if not self.config.profile:
+    def _profile(self, step: int, state: step_lib.State) -> None:
+        """Before `step`: begins or ends the trace of `config.profile`, from a resumed step on."""
+        first, last = self.config.profile or (0, -1)
+        last, folder = min(last, self.run.total_steps - 1), self.folder / "profile"
+        inside = first <= step <= last
+        if inside == (self.profiling is not None):
             return
-        first, last = self.config.profile
-        if step == first:
-            jax.profiler.start_trace(str(self.folder / "profile"))
-        if step == last + 1 or (step == self.run.total_steps - 1 and first < step <= last):
+        jax.block_until_ready(state)  # what was begun before belongs to the steps before
+        if inside:
+            jax.profiler.start_trace(str(folder))
+        else:
             jax.profiler.stop_trace()
-            print_line(f"profile of steps {first} to {last}: {self.folder / 'profile'}")
+            print_line(f"profile of steps {self.profiling} to {last}: {folder}")
+        self.profiling = step if inside else None
 
     def _on_sigterm(self, number, frame) -> None:
         del number, frame

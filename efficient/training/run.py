@@ -93,6 +93,7 @@ class Run:
         self.base, self.rules = experiment.build_model(config, self.train_source.facts)
         experiment.check_data(self.rules, self.train_source.spec, config)
         self.phases = experiment.build_phases(config, self.base, self.placement)
+        experiment.check_selections(self.phases, self.train_source.spec)
         self.init_key = jax.random.key(config.seed)
         self._check_sizes()
         self._flops: dict[int, float] = {}
@@ -173,10 +174,8 @@ class Run:
         before = self.phases[phase.index - 1]
         values = step_lib.eval_params(state) | state["state"]
         kept = None
-        if phase.config["selection"]:
-            where = f"config.phases[{phase.index}].selection"
-            technique = experiment.make("selection", phase.config["selection"], where)
-            kept = technique(
+        if phase.selection is not None:
+            kept = phase.selection(
                 Scoring(
                     before,
                     values,
@@ -187,7 +186,7 @@ class Run:
                 )
             )
             kept = jax.device_put(np.asarray(kept, np.int32), self.placement.replicated)
-            if getattr(technique, "rewind", False):
+            if getattr(phase.selection, "rewind", False):
                 values = self._draw(before)
         if phase.surgeries or list(phase.shapes) != list(before.shapes):
             values = self._operate(phase, before.single, layout.unstack(values))

@@ -118,8 +118,9 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"config.{name}: which? add name=...")
     if "split" in config.data:
         raise UserError("config.data.split is not for a config: a run reads both splits")
-    if config.profile and len(config.profile) != 2:
-        raise UserError(f"config.profile must be [first, last] steps, got {config.profile}")
+    steps = [n for n in config.profile if is_number(n, least=0) and isinstance(n, int)]
+    if config.profile and (len(steps) != 2 or steps != sorted(config.profile)):
+        raise UserError(f"config.profile must be [first, last] steps, got {list(config.profile)}")
 
 
 def _check_type(value: Any, default: Any, where: str, least: float) -> None:

@@ -6,6 +6,7 @@ Compiled for v5e, v5p and v6e and checked in JAX's interpreter; not run on a TPU
 import jax.numpy as jnp
 
 from pallas_kernels.attention import tpu_backward, tpu_bias, tpu_forward, tpu_plan, tpu_specs
+from pallas_kernels.attention.masks import Full
 from pallas_kernels.attention.settings import Settings
 
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float16)
@@ -25,9 +26,9 @@ def forward(q, k, v, bias, alibi, segment_ids, dropout_seed, settings: Settings,
       interpret: what pl.pallas_call takes.
     """
     T = q.shape[1]
-    shape, plan, inputs, scalars = _prepare(
-        _blocks((q, k, v), 2048), 0, q, k, v, bias, alibi, segment_ids, dropout_seed, settings
-    )
+    blocks = _blocks((q, k, v), _forward_keys(settings, segment_ids))
+    given = (q, k, v, bias, alibi, segment_ids, dropout_seed, settings)
+    shape, plan, inputs, scalars = _prepare(blocks, 0, *given)
     out, lse = tpu_forward.run(inputs, shape, plan, scalars, _stored(v.dtype), interpret)
     return jnp.swapaxes(out[:, :, :T], 1, 2).astype(v.dtype), lse[:, :, 0, :T]
 
@@ -100,12 +101,17 @@ def unsupported(q, k, v, bias, alibi, segment_ids, dropout_seed, settings: Setti
     for name in ("block_q", "block_kv"):
         if (getattr(settings, name) or 128) % 128:
             return f"{name} {getattr(settings, name)}; accepted: multiples of 128"
-    for block_kv, group in ((2048, 0), (1024, N // k.shape[2])):
+    for block_kv, group in ((_forward_keys(settings, segment_ids), 0), (1024, N // k.shape[2])):
         tile = tpu_plan.tiling(settings, T, S, *_blocks((q, k, v), block_kv))
         reason = tpu_plan.unsupported(settings.mask, N, T, S, tile, group)
         if reason is not None:
             return reason
     return None
+
+
+def _forward_keys(settings, segment_ids):
+    """Keys of a block: twice as many where no mask cuts them into pieces."""
+    return 4096 if settings.mask == Full() and segment_ids is None else 2048
 
 
 def _blocks(arrays, block_kv):

@@ -33,20 +33,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import tpu_plan
-from pallas_kernels.attention.tpu_scores import Scores, contract, visit
+from pallas_kernels.attention.tpu_scores import Cell, Scores, by_region, contract, runs, visit
 from pallas_kernels.attention.tpu_specs import LOG2E, Grid, Shape, cost, input_specs, params
 
 
-def weights_and_slopes(scores: Scores, start, size: int, kind=1):
+def weights_and_slopes(scores: Scores, start, size: int, cells):
     """For `size` keys of the block: weights P as dV wants them, dS, and dS before the softcap.
 
-    All float32 [size, block_q]. The padding's log-sum-exp is infinite, so that its weights are 0.
+    All float32 [size, count]. The padding's log-sum-exp is infinite, so that its weights are 0.
     """
     inputs, settings = scores.inputs, scores.shape.settings
     x = scores.product(start, size)
     weights = jnp.exp2(scores.finish(x, start, size) - inputs["lse"][...] * LOG2E)
-    keep = scores.seen(kind, start, size)
-    weights = weights if keep is None else jnp.where(keep, weights, 0)
+    weights = scores.hide(weights, 0, start, cells)
     slopes = contract(inputs["v"][pl.ds(start, size), :], inputs["dout"][...], (1, 1))
     dropped = weights
     if settings.dropout_rate:
@@ -77,8 +76,8 @@ def keys_kernel(scalars, inputs, dk, dv, *rest, grid: Grid):
         def _():
             sums["dq"][...] = jnp.zeros_like(sums["dq"])
 
-    def add(start, size, kind=1):
-        weights, _, slopes = weights_and_slopes(scores, start, size, kind)
+    def add(start, size, cells):
+        weights, _, slopes = weights_and_slopes(scores, start, size, cells)
         q, dout = inputs["q"][...], inputs["dout"][...]
         here = (slice(None), pl.ds(start, size))
         slopes = slopes.astype(q.dtype)
@@ -116,9 +115,9 @@ def queries_kernel(scalars, inputs, dq, total, *, grid: Grid):
     def _():
         total[...] = jnp.zeros_like(total)
 
-    def add(start, size, kind=1):
+    def add(start, size, cells):
         keys = inputs["k"][pl.ds(start, size), :]
-        slopes = weights_and_slopes(scores, start, size, kind)[2].astype(keys.dtype)
+        slopes = weights_and_slopes(scores, start, size, cells)[2].astype(keys.dtype)
         total[...] += contract(keys, slopes, (0, 0))
 
     _visit(scores, grid.plan, scalars, add)
@@ -129,14 +128,19 @@ def queries_kernel(scalars, inputs, dq, total, *, grid: Grid):
 
 
 def _visit(scores: Scores, plan: tpu_plan.Plan, scalars, add):
-    """The whole block at once where nothing is masked in it, else its live pieces in turn."""
-    tile, whole = scores.shape.tile, scores.at.has(tpu_plan.ALL_FULL)
-    pl.when(whole)(lambda: add(0, tile.block_kv))
-    if not plan.whole:
-        masked = functools.partial(
-            visit, scores, scalars, lambda start, kind: add(start, tile.piece, kind)
-        )
-        pl.when(jnp.logical_not(whole))(masked)
+    """The block in one straight region where there is code for it, else its live pieces in turn."""
+    tile, at = scores.shape.tile, scores.at
+
+    def region(kinds):
+        for run in runs(kinds, plan, tile):
+            add(*run)
+
+    def piece(start, kind):
+        add(start, tile.piece, [Cell(0, tile.piece, 0, tile.block_q, kind)])
+
+    by_region(at, plan, region)
+    if not plan.complete:
+        pl.when(at.region == 0)(lambda: visit(scores, scalars, piece))
 
 
 def run_keys(inputs, shape: Shape, plan: tpu_plan.Plan, scalars, dtypes, fused, interpret=False):

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import tpu_plan
 from pallas_kernels.attention.tpu_backward import weights_and_slopes
-from pallas_kernels.attention.tpu_scores import Scores, contract, visit
+from pallas_kernels.attention.tpu_scores import Cell, Scores, contract, visit
 from pallas_kernels.attention.tpu_specs import Place, Shape, input_specs
 
 
@@ -59,7 +59,8 @@ def kernel(scalars, inputs, dbias, *, grid: Grid):
         dbias[...] = jnp.zeros_like(dbias)
 
     def add(start, kind):
-        slopes = weights_and_slopes(scores, start, tile.piece, kind)[1]
+        cells = [Cell(0, tile.piece, 0, tile.block_q, kind)]
+        slopes = weights_and_slopes(scores, start, tile.piece, cells)[1]
         keys = pl.ds(start, tile.piece)
         if grid.own[2]:
             dbias[keys, :] += slopes

@@ -38,8 +38,11 @@ from pallas_kernels.attention.tpu_scores import (
     INF,
     LEAST,
     LN2,
+    Cell,
     Scores,
+    by_region,
     contract,
+    runs,
     visit,
 )
 from pallas_kernels.attention.tpu_specs import Grid, Shape, cost, input_specs, params
@@ -56,62 +59,80 @@ def kernel(scalars, inputs, out, lse, state, *, grid: Grid):
 
     m, l: float32 [1, block_q], reference value and sum of 2 ** (s - m); acc: float32 [H, block_q].
     todo: float32 [1, block_q], 1 for queries that the exact path must do.
-    flags: int32 [2] in scalar memory: whether m is set; whether any query is to do.
+    flags: int32 [2] in scalar memory: whether m is missing; whether any query is to do. 0 is the
+      rule, 1 the exception.
     """
-    shape, at = grid.shape, grid.place(scalars)
-    scores = Scores(inputs, shape, grid.plan.masks, at)
-    tile, flags = shape.tile, state["flags"]
-
-    @pl.when(at.has(tpu_plan.FIRST))
-    def _():
-        state["m"][...] = jnp.full_like(state["m"], LEAST)
-        state["l"][...] = jnp.zeros_like(state["l"])
-        state["acc"][...] = jnp.zeros_like(state["acc"])
-        flags[0] = 0
-
+    plan, at = grid.plan, grid.place(scalars)
+    scores = Scores(inputs, grid.shape, plan.masks, at)
+    flags, by_pieces = state["flags"], at.region == 0
+    finish = functools.partial(_finish, out, lse, state, grid.shape)
     flags[1] = 0
-    whole = at.has(tpu_plan.ALL_FULL)
-
-    @pl.when(whole & at.has(tpu_plan.FIRST))
-    def _():
-        _sample(scores, state, 0, 1)
-
-    pl.when(whole)(lambda: _straight(scores, state, 0, tile.block_kv))
+    if plan.alone:
+        by_region(at, plan, lambda kinds: _alone(scores, state, kinds, plan, finish))
+    else:
+        pl.when(at.has(tpu_plan.FIRST))(lambda: _begin(scores, state, plan))
+        by_region(at, plan, lambda kinds: _region(scores, state, kinds, plan))
 
     def piece(start, kind):
-        if not grid.plan.whole:
+        if not plan.complete:
 
-            @pl.when(jnp.logical_not(whole))
+            @pl.when(by_pieces)
             def _():
                 flags[1] = 0
-                pl.when(flags[0] == 0)(lambda: _sample(scores, state, start, kind))
-                pl.when(flags[0] == 1)(lambda: _straight(scores, state, start, tile.piece, kind))
-                pl.when(flags[0] == 0)(lambda: _all_to_do(state))
+                pl.when(flags[0] == 1)(lambda: _sample(scores, state, start, kind))
+                pl.when(flags[0] == 0)(lambda: _piece(scores, state, start, kind))
+                pl.when(flags[0] == 1)(lambda: _all_to_do(state))
 
         @pl.when(flags[1] == 1)
         def _():
-            @pl.loop(0, tile.piece // EXACT)
+            @pl.loop(0, grid.shape.tile.piece // EXACT)
             def _(i):
                 _exact(scores, state, pl.multiple_of(start + i * EXACT, EXACT), EXACT, kind)
 
-    pl.when(jnp.logical_not(whole) | (flags[1] == 1))(lambda: visit(scores, scalars, piece))
-    pl.when(at.has(tpu_plan.LAST))(lambda: _finish(out, lse, state, shape))
+    again = flags[1] == 1
+    pl.when(again if plan.complete else again | by_pieces)(lambda: visit(scores, scalars, piece))
+    pl.when(again if plan.alone else at.has(tpu_plan.LAST))(finish)
+
+
+def _begin(scores, state, plan):
+    """An empty state; where the block has straight code, m from a piece of it.
+
+    Queries that see none of the sampled keys keep LEAST, so that the straight path leaves them to
+    the exact one.
+    """
+    at, size = scores.at, scores.shape.tile.piece
+    state["m"][...] = jnp.full_like(state["m"], LEAST)
+    state["l"][...] = jnp.zeros_like(state["l"])
+    state["acc"][...] = jnp.zeros_like(state["acc"])
+    state["flags"][0] = (at.region == 0).astype(jnp.int32)
+    kinds = plan.sampled_kinds()
+    for kind in kinds:
+
+        def sample(kind=kind):
+            start = pl.multiple_of(at.sample * size, size)
+            state["m"][...] = _reference(scores, start, kind)
+
+        if len(kinds) == 1 and plan.complete:
+            sample()
+        else:
+            pl.when((at.region > 0) & (at.kind(at.sample) == kind))(sample)
 
 
 def _sample(scores, state, start, kind):
-    """Sets m from the first keys of a piece; flags[0] tells whether every query sees one of them.
+    """Sets m from the first keys of a piece; flags[0] tells whether some query sees none of them.
 
-    Where some do not, as at the far edge of a window, the straight path would be wasted on them.
+    Where that is so, as at the far edge of a window, the straight path would be wasted on it.
     """
-    x = scores(start, SAMPLE)
-    keep = scores.seen(kind, start, SAMPLE)
-    x = x if keep is None else jnp.where(keep, x, -INF)
-    m = jnp.maximum(jnp.max(x, axis=0, keepdims=True), LEAST)
+    m = _reference(scores, start, kind)
     state["m"][...] = m
-    if keep is None:
-        state["flags"][0] = 1
-    else:
-        state["flags"][0] = (jnp.min(m) > LEAST).astype(jnp.int32)
+    state["flags"][0] = (jnp.min(m) <= LEAST).astype(jnp.int32)
+
+
+def _reference(scores, start, kind):
+    """The maximum of the first scores of a piece, for each query."""
+    x, keep = scores(start, SAMPLE), scores.seen(kind, start, SAMPLE)
+    x = x if keep is None else jnp.where(keep, x, -INF)
+    return jnp.maximum(jnp.max(x, axis=0, keepdims=True), LEAST)
 
 
 def _all_to_do(state):
@@ -119,22 +140,59 @@ def _all_to_do(state):
     state["flags"][1] = 1
 
 
-def _straight(scores, state, start, size, kind=1):
-    """Adds `size` keys, relative to m as it is, for the queries that it serves."""
-    x = scores(start, size)
-    keep = scores.seen(kind, start, size)
-    x = x if keep is None else jnp.where(keep, x, -INF)
+def _piece(scores, state, start, kind):
+    """Adds the keys of a piece, for the queries that m serves."""
+    tile, m = scores.shape.tile, state["m"][...]
+    cells = [Cell(0, tile.piece, 0, tile.block_q, kind)]
+    _add(state, m, *_weigh(scores, m, start, tile.piece, cells))
+
+
+def _region(scores, state, kinds, plan):
+    """Adds the keys of a block, for the queries that m serves: one straight region."""
     m = state["m"][...]
-    slack = SLACK_FLOAT32 if scores.inputs["q"].dtype == jnp.float32 else SLACK
-    beyond = jnp.max(x, axis=0, keepdims=True) > m + slack
-    weights = jnp.exp2(x - m)
-    total = jnp.sum(weights, axis=0, keepdims=True)
-    values = _weighted(scores, weights, start, size)
+    _add(state, m, *_block(scores, m, kinds, plan))
+
+
+def _add(state, m, most, total, values):
+    beyond = most > m
     state["l"][...] = jnp.where(beyond, state["l"][...], state["l"][...] + total)
     state["acc"][...] = jnp.where(beyond, state["acc"][...], state["acc"][...] + values)
+    _beyond(state, beyond)
+
+
+def _beyond(state, beyond):
     todo = beyond.astype(jnp.float32)
     state["todo"][...] = todo
     state["flags"][1] = (jnp.max(todo) > 0).astype(jnp.int32)
+
+
+def _alone(scores, state, kinds, plan, finish):
+    """The only block of the tile: `_begin`, `_region` and `_finish` in one straight region."""
+    sampled = tpu_plan.sampled(kinds)
+    m = _reference(scores, int(sampled) * scores.shape.tile.piece, kinds[sampled])
+    most, total, values = _block(scores, m, kinds, plan)
+    beyond = most > m
+    state["m"][...] = m
+    state["l"][...] = jnp.where(beyond, 0, total)
+    state["acc"][...] = jnp.where(beyond, 0, values)
+    _beyond(state, beyond)
+    finish()
+
+
+def _block(scores, m, kinds, plan):
+    """`_weigh` of all live parts of a block."""
+    each = (_weigh(scores, m, *run) for run in runs(kinds, plan, scores.shape.tile))
+    return functools.reduce(lambda a, b: (jnp.maximum(a[0], b[0]), a[1] + b[1], a[2] + b[2]), each)
+
+
+def _weigh(scores, m, start, size, cells):
+    """Of `size` keys: their maximum less the slack, the sum of weights, V^T P^T, relative to m."""
+    x = scores.hide(scores(start, size), -INF, start, cells)
+    slack = SLACK_FLOAT32 if scores.inputs["q"].dtype == jnp.float32 else SLACK
+    most = jnp.max(x, axis=0, keepdims=True) - slack
+    weights = jnp.exp2(x - m)
+    total = jnp.sum(weights, axis=0, keepdims=True)
+    return most, total, _weighted(scores, weights, start, size)
 
 
 def _exact(scores, state, start, size, kind):
@@ -150,7 +208,7 @@ def _exact(scores, state, start, size, kind):
     state["m"][...] = m
     state["l"][...] = state["l"][...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
     state["acc"][...] = state["acc"][...] * shrink + _weighted(scores, weights, start, size)
-    state["flags"][0] = 1
+    state["flags"][0] = 0
 
 
 def _weighted(scores, weights, start, size):

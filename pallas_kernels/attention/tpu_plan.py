@@ -4,6 +4,11 @@ A program works on a tile of `block_q` queries and a block of `block_kv` keys. T
 into `pieces` of `piece` keys, and the mask is judged by piece: so a large block, which keeps the
 matrix unit busy, still skips what is empty in it. The tiles that have a live piece are listed in
 scalar memory, and the grid runs over that list alone.
+
+A mask leaves blocks of few kinds: a causal one five, by how many pieces the diagonal leaves. Each
+kind (a region) has code of its own, in which the live pieces are one product and one straight run
+of instructions; blocks of rarer kinds are worked on piece by piece. Forward at T 4096, causal, head
+128 took 62.4 us of predicted time by pieces and 49.0 us by regions on v6e.
 """
 
 import functools
@@ -14,10 +19,14 @@ import numpy as np
 from pallas_kernels.attention import masks, schedule
 from pallas_kernels.attention.settings import Settings
 
-# A pair in scalar memory: q << 16 | kv, and its state: FIRST, LAST, ALL_FULL and, from bit SHIFT
-# on, WIDTH bits a piece with the piece's kind (0 empty, 1 full, others index Plan.masks).
-FIRST, LAST, ALL_FULL, SHIFT, WIDTH = 1, 2, 4, 3, 3
-MOST_PIECES, MOST_KINDS, MOST_BLOCKS = 4, 2**WIDTH, 2**15
+# A pair in scalar memory: q << 16 | kv, and its state: FIRST, LAST and, from bit SHIFT on, WIDTH
+# bits a piece with the piece's kind (0 empty, 1 full, others index Plan.masks). From bit SAMPLE on
+# the piece from which reference values are sampled, from bit REGION on an index of Plan.regions
+# plus one, or 0.
+FIRST, LAST, SHIFT, WIDTH, SAMPLE, REGION = 1, 2, 2, 3, 14, 16
+MOST_PIECES, MOST_KINDS, MOST_BLOCKS, MOST_REGIONS = 4, 2**WIDTH, 2**15, 15
+# Pieces of all regions together: code, 460 bundles a piece on v6e and 950 on v5e at head 128.
+MOST_CODE = 16
 # Pairs x 4 bytes x (2 or 3 words) must leave room in the 1 MB of scalar memory of a TPU core.
 MOST_PAIRS = 60_000
 
@@ -41,17 +50,35 @@ class Plan(NamedTuple):
     head: int32[P], the query head, where heads have schedules of their own; else None, and the
       grid has an axis of heads.
     masks: what remains to be computed in a piece of each kind; they name no heads.
+    corners: of each kind, what its mask leaves of the halves of the keys in the halves of the
+      queries, [2][2] as Mask.blocks has it; None where pieces of that kind differ in it.
+    regions: kinds of the pieces of a block for which the kernel has straight code, by frequency.
     """
 
     index: np.ndarray
     state: np.ndarray
     head: np.ndarray | None
     masks: tuple[masks.Mask, ...]
+    corners: tuple
+    regions: tuple[tuple[int, ...], ...]
 
     @property
-    def whole(self) -> bool:
-        """Whether no tile needs to be looked at by pieces."""
-        return bool((self.state & ALL_FULL).all())
+    def complete(self) -> bool:
+        """Whether no block needs to be looked at piece by piece."""
+        live = self.state >> SHIFT & (1 << SAMPLE - SHIFT) - 1
+        return bool(((self.state >> REGION > 0) | (live == 0)).all())
+
+    def sampled_kinds(self) -> list[int]:
+        """The kinds of the pieces that tiles with straight code for their first block sample."""
+        states = self.state[(self.state & FIRST > 0) & (self.state >> REGION > 0)]
+        pieces = states >> SAMPLE & MOST_PIECES - 1
+        return np.unique(states >> SHIFT + WIDTH * pieces & MOST_KINDS - 1).tolist()
+
+    @property
+    def alone(self) -> bool:
+        """Whether every tile of queries has one block, and straight code for it."""
+        ends = FIRST | LAST
+        return bool(((self.state >> REGION > 0) & (self.state & ends == ends)).all())
 
 
 def tiling(settings: Settings, T: int, S: int, block_q: int, block_kv: int) -> Tiling:
@@ -61,7 +88,8 @@ def tiling(settings: Settings, T: int, S: int, block_q: int, block_kv: int) -> T
     """
     patterns = _patterns(settings.mask)
     most_q = _within(block_q, [pattern.block[0] for pattern in patterns])
-    most_kv = _within(min(512, block_kv), [pattern.block[1] for pattern in patterns])
+    piece = min(block_kv, max(512, block_kv // MOST_PIECES))
+    most_kv = _within(piece, [pattern.block[1] for pattern in patterns])
     rows = settings.block_q or (most_q if patterns else _even(T, most_q))
     if settings.block_kv:
         columns = settings.block_kv
@@ -106,12 +134,13 @@ class Kinds(NamedTuple):
     """What the mask leaves of each tile, as a dense table.
 
     state: int32[tables, tiles of queries, blocks of keys], the kinds of a block's pieces (see the
-      head of this file). table: int32[N], each query head's. masks: as in Plan.
+      head of this file). table: int32[N], each query head's. masks, corners: as in Plan.
     """
 
     state: np.ndarray
     table: np.ndarray
     masks: tuple[masks.Mask, ...]
+    corners: tuple
 
 
 @functools.lru_cache(maxsize=256)
@@ -127,7 +156,8 @@ def kinds(mask: masks.Mask, heads: int, T: int, S: int, tile: Tiling) -> Kinds:
     blocks = np.stack(tables).reshape(len(tables), len(tables[0]), -1, tile.pieces)
     state = (blocks << (SHIFT + WIDTH * np.arange(tile.pieces))).sum(-1)
     table = np.array([order[distinct] for distinct in each])
-    return Kinds(state.astype(np.int32), table.astype(np.int32), tuple(numbers))
+    corners = [_corners(kind, blocks, mask, T, S, tile) for mask, kind in numbers.items()]
+    return Kinds(state.astype(np.int32), table.astype(np.int32), tuple(numbers), tuple(corners))
 
 
 @functools.lru_cache(maxsize=256)
@@ -147,12 +177,53 @@ def plan(
       dynamic: whether segment ids decide about pieces too, so that no tile is known to be full.
     """
     found = kinds(mask, heads, T, S, tile)
-    full = sum(1 << (SHIFT + WIDTH * piece) for piece in range(tile.pieces))
-    state = np.where((found.state == full) & (not dynamic), full | ALL_FULL, found.state)
-    if len(state) == 1:
-        index, state, _ = _pairs(state, group and 1)
-        return Plan(index, state, None, found.masks)
-    return Plan(*_pairs(state[found.table], group), found.masks)
+    one = len(found.state) == 1
+    tables = found.state if one else found.state[found.table]
+    index, state, head = _pairs(tables, tile, group and 1 if one else group)
+    regions = () if dynamic else _regions(state, tile)
+    kinds_of = pieces_of(state, tile)
+    for number, region in enumerate(regions, 1):
+        state = state + ((kinds_of == region).all(1) * number << REGION)
+    state = state + (sampled(kinds_of) << SAMPLE)
+    return Plan(
+        index, state.astype(np.int32), None if one else head, found.masks, found.corners, regions
+    )
+
+
+def pieces_of(state: np.ndarray, tile: Tiling) -> np.ndarray:
+    """The kinds of the pieces of pairs, [P, pieces]."""
+    return state[:, None] >> SHIFT + WIDTH * np.arange(tile.pieces) & MOST_KINDS - 1
+
+
+def sampled(kinds_of):
+    """The first full piece, else the first live one, of kinds [..., pieces]."""
+    full, live = np.equal(kinds_of, 1), np.greater(kinds_of, 0)
+    return np.where(full.any(-1), full.argmax(-1), live.argmax(-1))
+
+
+def _regions(state, tile):
+    """The kinds of blocks on which most work is spent, as far as code may grow."""
+    found, counts = np.unique(pieces_of(state, tile), axis=0, return_counts=True)
+    live = (found > 0).sum(1)
+    chosen, code = [], 0
+    for i in np.argsort(-counts * live, kind="stable"):
+        fits = live[i] and code + live[i] <= MOST_CODE and len(chosen) < MOST_REGIONS
+        if fits:
+            chosen.append(tuple(found[i].tolist()))
+            code += live[i]
+    return tuple(chosen)
+
+
+def _corners(kind, blocks, mask, T, S, tile):
+    """See Plan.corners; blocks are the kinds of all pieces."""
+    ragged = T % tile.block_q or S % tile.piece or S % tile.block_kv
+    if kind < 2 or ragged or tile.block_q % 256 or tile.piece % 256:
+        return None
+    halves = mask.blocks(1, T, S, tile.block_q // 2, tile.piece // 2)[0]
+    halves = halves.reshape(T // tile.block_q, 2, S // tile.piece, 2).transpose(0, 2, 1, 3)
+    here = (blocks.reshape(len(blocks), *halves.shape[:2]) == kind).any(0)
+    each = np.unique(halves[here].reshape(-1, 4), axis=0)
+    return tuple(map(tuple, each.reshape(2, 2).tolist())) if len(each) == 1 else None
 
 
 def _number(remains, states, S, tile, numbers):
@@ -169,8 +240,10 @@ def _get(numbers, mask):
     return numbers.setdefault(mask, len(numbers))
 
 
-def _pairs(states, group):
+def _pairs(states, tile, group):
     """index, state, head: the lists of all heads, one after the other.
+
+    By tile of queries, blocks with a full piece come first: every query sees keys of such a block.
 
     By key block (group > 0) the heads that share a key head follow each other within a block.
     """
@@ -180,7 +253,8 @@ def _pairs(states, group):
         owner = (head // group, kv) if group else (head, q)
         columns.append(np.stack(np.broadcast_arrays(*owner, head, q, kv, state[q, kv])))
     outer, inner, head, q, kv, state = np.concatenate(columns, 1)
-    order = np.lexsort((q if group else kv, head, inner, outer))
+    late = 0 * kv if group else ~(pieces_of(state, tile) == 1).any(1)
+    order = np.lexsort((q if group else kv, late, head, inner, outer))
     outer, inner, head, q, kv, state = (x[order] for x in (outer, inner, head, q, kv, state))
     change = (outer[1:] != outer[:-1]) | (inner[1:] != inner[:-1])
     first, last = np.concatenate([[True], change]), np.concatenate([change, [True]])

@@ -104,6 +104,16 @@ class Place(NamedTuple):
         """What the mask leaves of a piece of the block: an index of Plan.masks."""
         return (self.state >> (tpu_plan.SHIFT + tpu_plan.WIDTH * piece)) & (tpu_plan.MOST_KINDS - 1)
 
+    @property
+    def region(self):
+        """The number of the block's straight code, from 1 on; 0 where it has none."""
+        return self.state >> tpu_plan.REGION
+
+    @property
+    def sample(self):
+        """The piece to sample reference values from."""
+        return (self.state >> tpu_plan.SAMPLE) & (tpu_plan.MOST_PIECES - 1)
+
 
 def input_specs(inputs, grid: Grid):
     """Block specs of `inputs` (see padded_inputs)."""

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pallas_kernels.lab.chips import chip
 
 # Bounds on the error of prediction: to either side for kernels with blocks of 512 and more, and for
-# those with blocks of 128. Schedules differ between machines, the compiler being the same: -19% to
-# +19% and -68% to -67% on one, -19% to +24% and -68% on another (jax 0.10.2, libtpu 0.0.51).
+# those with blocks of 128. Last: -22% to +15% and -71% to -68% (jax 0.10.2, libtpu 0.0.51); the
+# schedules of one compiler differ between machines, by which errors moved up to 5 points.
 LARGE = 0.25
 SMALL = (-0.75, -0.60)
 

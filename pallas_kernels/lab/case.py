@@ -32,9 +32,12 @@ class Program:
     Attributes:
       fn: called with `args`.
       label: what was chosen, such as block sizes; printed beside the kernel's name.
+      from_vectors: what scalars that the vector units hand over (a maximum that a branch asks for)
+        are taken to be when the kernels' branches are followed (`lab.scalar`); where it is None
+        both sides of such a branch are charged. Name it where other values are exceptions.
       live_steps: part of a kernel's name -> grid steps of it that do work, of the given args; the
         others are taken to cost the loop without its largest region. A kernel that is not named
-        does work in every step.
+        does work in every step. Not asked for where all branches are known; nor is the next.
       inner_runs: part of a kernel's name -> how often the bodies of the loops inside its grid loop
         run in a grid step, on average, of the given args: by depth, as for
         `Schedule.with_inner_runs`. Where it is not said, a loop runs in every step, to its end:
@@ -45,6 +48,7 @@ class Program:
 
     fn: Callable
     label: str = ""
+    from_vectors: int | None = None
     live_steps: Callable[..., Mapping[str, int]] | None = None
     inner_runs: Callable[..., Mapping[str, Sequence[float]]] | None = None
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)

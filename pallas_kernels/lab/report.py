@@ -54,10 +54,12 @@ class KernelReport:
     def alternatives(self, flops: float, live_steps: int | None = None) -> tuple[Region, ...]:
         """Regions taken to run instead of the largest one: a masked and an unmasked form, say.
 
-        They use as many matrix-product slots as it does, to a tenth, and it alone has enough of
-        them for a step's FLOPs. Arguments as for `mxu_use`.
+        Guessed where the schedule has no counts: they use as many matrix-product slots as it does,
+        to a tenth, and it alone has enough of them for a step's FLOPs. Arguments as for `mxu_use`.
         """
         schedule, largest = self.schedule, self.schedule.region
+        if schedule.counts is not None:
+            return ()
         flops_a_run = self._flops_a_run(flops, live_steps)
         if flops_a_run is None or flops_a_run > 1.5 * self._flops_of_slots(largest):
             return ()
@@ -69,6 +71,14 @@ class KernelReport:
             and region.runs == largest.runs
             and abs(region.slots.matmul - products) < 0.1 * products
         )
+
+    @property
+    def step_bundles(self) -> float | None:
+        """Bundles that a grid step issues on average; None where the schedule has no counts."""
+        steps = self.steps
+        if self.schedule.cycles is None or not steps:
+            return None
+        return self.schedule.cycles / (steps * self.core_share)
 
     def _flops_a_run(self, flops: float, live_steps: int | None) -> float | None:
         steps = self.steps if live_steps is None else live_steps
@@ -84,13 +94,18 @@ class KernelReport:
 
         Args:
           flops: of the whole kernel, all grid steps together.
-          live_steps: grid steps that run the region; all of them where None.
+          live_steps: grid steps that run the region; all of them where None. Not asked for where
+            the schedule has counts: the FLOPs are then shared among the regions of the loop by
+            the products that each issues in the whole kernel.
 
         Returns:
           A fraction; None where the steps or an inner loop's length are not known. It may read
           above 1: bundles may hand products to the units faster than they take them.
         """
         schedule, region = self.schedule, self.schedule.region
+        if schedule.matmul:
+            here = flops * self.core_share * region.slots.matmul / schedule.matmul
+            return here / (region.bundles * self.chip.flops_per_cycle)
         flops_a_run = self._flops_a_run(flops, live_steps)
         if flops_a_run is None:
             return None
@@ -104,13 +119,16 @@ class KernelReport:
     ) -> float | None:
         """Time of the schedule if nothing waited for memory.
 
-        A live step runs every predicated region of the loop but `alternatives`; another step does
-        not run the largest either. None where the steps or an inner loop's length are unknown.
+        With counts of every bundle it is their sum. Without, a live step runs every predicated
+        region of the loop but `alternatives`; another step does not run the largest either. None
+        where the steps or an inner loop's length are unknown.
 
         Args:
           flops, live_steps: as for `mxu_use`; without `flops` no region counts as an alternative.
         """
         schedule = self.schedule
+        if schedule.cycles is not None:
+            return schedule.cycles / self.chip.clock
         steps = self.steps or live_steps
         if schedule.loop_cycles is None or not steps:
             return None
@@ -145,6 +163,12 @@ class Report:
     @property
     def ok(self) -> bool:
         return not self.reason
+
+
+def is_instruction_of(name: str, kernel: str) -> bool:
+    """`k.1`, and of newer compilers `k.1.x`, are instructions of the kernel `k`."""
+    stem = re.sub(r"[^\w.-]", "_", kernel)
+    return name == stem or re.fullmatch(re.escape(stem) + r"\.\d+(\.\w+)?", name) is not None
 
 
 # What the compiler says around the reason: the whole HLO instruction, where to report a bug.

@@ -23,6 +23,8 @@ class Row:
       spills, fills: vector registers put out to VMEM and read back in one pass of the grid loop's
         code; bytes stored and loaded by a thread's spills, GPU.
       loop_bundles, region_bundles: of the grid loop and of its largest straight region.
+      step_bundles: that a grid step issues on average; None where the scalar program could not be
+        followed.
       alternatives: regions taken to run instead of that one, not beside it.
       mxu_use: useful FLOPs over the matrix units' peak in that region.
       vector_use: fraction of its vector-ALU slots in use.
@@ -49,6 +51,7 @@ class Row:
     fills: int | None = None
     loop_bundles: int | None = None
     region_bundles: int | None = None
+    step_bundles: float | None = None
     alternatives: int | None = None
     mxu_use: float | None = None
     vector_use: float | None = None
@@ -114,11 +117,13 @@ def times(case: Case, role: str, kernel: str, target: str) -> dict[str, float | 
 def tpu_row(work: Case, program: Program, report: KernelReport, **what) -> Row:
     """The row of a kernel that compiled. `what` names op, case, role, target and peer."""
     role, name = what["role"], program.name_of(report.name)
-    inner = program.inner_runs_of(name, work.args_of(role))
-    if inner is not None:
-        schedule = report.schedule.with_inner_runs(inner)
+    schedule, args = report.schedule, work.args_of(role)
+    inner, live = program.inner_runs_of(name, args), program.live_steps_of(name, args)
+    if not schedule.sure and (inner is not None or live is not None):
+        schedule = schedule.with_counts(None)
+        if inner is not None:
+            schedule = schedule.with_inner_runs(inner)
         report = dataclasses.replace(report, schedule=schedule)
-    schedule, live = report.schedule, program.live_steps_of(name, work.args_of(role))
     flops = work.flops_of(role, name)
     slot, use = schedule.busiest()
     return Row(
@@ -133,6 +138,7 @@ def tpu_row(work: Case, program: Program, report: KernelReport, **what) -> Row:
         fills=schedule.slots.fill,
         loop_bundles=schedule.loop_bundles,
         region_bundles=schedule.region.bundles,
+        step_bundles=report.step_bundles,
         alternatives=len(report.alternatives(flops, live)) if flops else 0,
         mxu_use=None if flops is None else report.mxu_use(flops, live),
         vector_use=schedule.use("valu"),

@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pallas_kernels.lab.scalar import DELAY
+
 _ADDRESS = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*(>*)[ >]*\{")
 _EXIT_TEST = re.compile(r"scmp\.\w+\.\w+(?:\.totalorder)?\s+%\w+,\s*(\d+)\s*/\* loop exit test")
 _EMPTY = re.compile(r"^\s*\w+\s+:\s*\{\s*\}")
@@ -72,6 +74,7 @@ class Region:
       runs: times it runs in one pass of the grid loop, by the inner loops' constant exit tests
         (or on average, by `with_inner_runs`); None where an inner loop's length is not a constant.
       slots: used in all its bundles together.
+      issued: times it runs in the whole kernel, on one core, where `Schedule.counts` is known.
     """
 
     start: int
@@ -79,6 +82,14 @@ class Region:
     depth: int
     runs: float | None
     slots: Slots
+    issued: int | None = None
+
+    @property
+    def cycles(self) -> float:
+        """Cycles in the whole kernel or, where that is not known, in a pass of the grid loop."""
+        if self.issued is not None:
+            return self.bundles * self.issued
+        return self.bundles * (1 if self.runs is None else self.runs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +112,9 @@ class Schedule:
       vmem_operands: arguments and results that XLA keeps in VMEM around the kernel, which it does
         with small ones; a kernel with large operands has more to fetch than such a schedule shows.
       scalar_spills: scalar registers put out to SMEM, in the whole kernel.
+      counts: how often each bundle issues in the whole kernel, on one core, found by running the
+        scalar program (`lab.scalar`); None where that could not be followed.
+      sure: whether all its branches were known; where not, `counts` are an upper bound.
     """
 
     bundles: int
@@ -114,11 +128,34 @@ class Schedule:
     slots: Slots
     vmem_operands: int
     scalar_spills: int
+    counts: tuple[int, ...] | None = None
+    sure: bool = False
 
     @property
     def region(self) -> Region:
-        """The straight region of the grid loop with the most cycles in one pass of it."""
-        return max(self.regions, key=lambda r: r.bundles * (1 if r.runs is None else r.runs))
+        """The straight region of the grid loop with the most cycles."""
+        return max(self.regions, key=lambda r: r.cycles)
+
+    @property
+    def cycles(self) -> int | None:
+        """Of the whole kernel on one core; None where `counts` is."""
+        return None if self.counts is None else sum(self.counts)
+
+    @property
+    def matmul(self) -> int | None:
+        """Matrix-product slots that all passes of the grid loop issue; None where `counts` is."""
+        if self.counts is None:
+            return None
+        return sum(r.slots.matmul * r.issued for r in self.regions)
+
+    def with_counts(self, counts: Sequence[int] | None, sure: bool = True) -> "Schedule":
+        """The schedule with how often each bundle issues, or without."""
+        if counts is not None and len(counts) != self.bundles:
+            raise ValueError(f"{len(counts)} counts of {self.bundles} bundles")
+        issued = (None if counts is None else counts[r.start] for r in self.regions)
+        regions = (dataclasses.replace(r, issued=n) for r, n in zip(self.regions, issued))
+        counts = None if counts is None else tuple(counts)
+        return dataclasses.replace(self, counts=counts, sure=sure, regions=tuple(regions))
 
     def with_inner_runs(self, inner_runs: Sequence[float]) -> "Schedule":
         """The schedule where loops inside the grid loop run as often as is known from elsewhere.
@@ -206,6 +243,12 @@ def find_schedules(folder: Path) -> dict[str, Schedule]:
 
     Dumps that hold no bundles (the compiler's empty prologues) are left out.
     """
+    found = find_dumps(folder)
+    return {name: read_schedule(*(p.read_text() for p in paths)) for name, paths in found.items()}
+
+
+def find_dumps(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Files of the bundles and of their use, of the kernels in `find_schedules`."""
     found = {}
     for path in sorted(folder.glob("*-final_bundles.txt")):
         match = re.match(r"\d+-(.+)-(\d+)-final_bundles\.txt$", path.name)
@@ -215,11 +258,7 @@ def find_schedules(folder: Path) -> dict[str, Schedule]:
         use = [p for p in folder.iterdir() if p.match(pattern)]
         if use:
             found[match[1]] = (path, use[0])
-    return {name: _read(*paths) for name, paths in found.items()}
-
-
-def _read(bundles: Path, utilization: Path) -> Schedule:
-    return read_schedule(bundles.read_text(), utilization.read_text())
+    return found
 
 
 def _bundles(text: str) -> list[_Bundle]:
@@ -320,13 +359,12 @@ def _inner_loops(program: list[_Bundle], loop: range, depth: int) -> list[range]
 
 def _regions(program, rows, loop: range, runs) -> Iterator[Region]:
     """Cuts the loop before each mark and change of depth, and after each branch's delay slots."""
-    start, branched = loop[0], False
+    start = loop[0]
     for i in loop:
-        branched = branched or program[i].branch
         if i < loop[-1]:
             after = program[i + 1]
             same = after.depth == program[i].depth and not after.marked
-            if same and (not branched or after.empty):
+            if same and not (i >= start + DELAY and program[i - DELAY].branch):
                 continue
         yield Region(
             start=start,
@@ -335,4 +373,4 @@ def _regions(program, rows, loop: range, runs) -> Iterator[Region]:
             runs=runs[start],
             slots=_total(rows[start : i + 1]),
         )
-        start, branched = i + 1, False
+        start = i + 1

@@ -5,18 +5,19 @@ from collections.abc import Sequence
 from pallas_kernels.lab.row import Row
 
 HEADER = (
-    "op", "case", "kernel", "target", "on-chip", "spills", "fills", "bundles", "matrix",
-    "vector", "busiest", "compute", "memory", "schedule", "bound", "roofline",
+    "op", "case", "kernel", "target", "on-chip", "spills", "fills", "bundles", "step",
+    "matrix", "vector", "busiest", "compute", "memory", "schedule", "bound", "roofline",
 )  # fmt: skip
 
 LEGEND = """\
 on-chip: VMEM (TPU) or shared memory (GPU) used, of its limit. spills, fills: vector registers put
 out to VMEM and read back, each counted once in the code (GPU: bytes a thread). bundles: the grid
-loop's largest straight region / the whole loop, a cycle each; "or 1": one other region is taken to
-run instead of the largest in some steps. matrix: useful FLOPs of the matrix units' peak in the
-region. vector: its vector-ALU slots in use. busiest: the slot nearest to full. compute, memory,
-schedule: microseconds by FLOPs, HBM bytes and bundles; the greatest, named by bound, is the
-predicted time. roofline: the greater of compute and memory over it."""
+loop's straight region of most cycles / the loop's whole code, a cycle each; "or 1": one other
+region is taken to run instead in some steps. step: bundles that a grid step issues on average,
+found by following the kernel's branches; "-" where that could not be done. matrix: useful FLOPs of
+the matrix units' peak in the region. vector: its vector-ALU slots in use. busiest: the slot nearest
+to full. compute, memory, schedule: microseconds by FLOPs, HBM bytes and bundles; the greatest,
+named by bound, is the predicted time. roofline: the greater of compute and memory over it."""
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -34,9 +35,9 @@ def cells(row: Row) -> tuple[str, ...]:
         bundles += f" or {row.alternatives}"
     busiest = "-" if row.busiest is None else f"{row.busiest} {_fraction(row.busiest_use)}"
     return (
-        *head, used, _count(row.spills), _count(row.fills), bundles, _fraction(row.mxu_use),
-        _fraction(row.vector_use), busiest, _micro(row.compute_s), _micro(row.memory_s),
-        _micro(row.schedule_s), row.bound or "-", _fraction(row.roofline),
+        *head, used, _count(row.spills), _count(row.fills), bundles, _mean(row.step_bundles),
+        _fraction(row.mxu_use), _fraction(row.vector_use), busiest, _micro(row.compute_s),
+        _micro(row.memory_s), _micro(row.schedule_s), row.bound or "-", _fraction(row.roofline),
     )  # fmt: skip
 
 
@@ -69,6 +70,10 @@ def _mib(size: int | None) -> str:
 
 def _count(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def _mean(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
 
 
 def _fraction(value: float | None) -> str:

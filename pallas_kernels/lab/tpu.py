@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pallas_kernels.lab.chips import chip, topology
-from pallas_kernels.lab.report import KernelReport, Report, shorten
+from pallas_kernels.lab.report import KernelReport, Report, is_instruction_of, shorten
 from pallas_kernels.lab.schedule import find_schedules
 
 if TYPE_CHECKING:
@@ -83,13 +83,16 @@ def _libtpu_is_loaded() -> bool:
     return maps.exists() and "libtpu.so" in maps.read_text()
 
 
-def compile_tpu(fn: Callable, args: Sequence[Any], target: str = "v6e") -> Report:
+def compile_tpu(
+    fn: Callable, args: Sequence[Any], target: str = "v6e", from_vectors: int | None = None
+) -> Report:
     """Compiles `fn(*args)` for one chip.
 
     Args:
       fn: a function that calls Pallas kernels, jitted or not.
       args: pytrees of `jax.ShapeDtypeStruct` (or arrays), without shardings.
       target: "v5e", "v5p", "v6e", or one with a topology: "v6e:2x2".
+      from_vectors: as of `lab.Program`.
 
     Returns:
       A report; a refusal by JAX or the compiler is in its `reason`, not raised.
@@ -100,15 +103,16 @@ def compile_tpu(fn: Callable, args: Sequence[Any], target: str = "v6e") -> Repor
     if not chip(target).flops_per_cycle:
         raise ValueError(f"target {target!r} is no TPU; one of: v5e, v5p, v6e")
     if prepare() is None:
-        return _in_a_process(fn, args, target)
-    return _compile(fn, args, target)
+        return _in_a_process(fn, args, target, from_vectors)
+    return _compile(fn, args, target, from_vectors)
 
 
-def _compile(fn, args, target: str) -> Report:
+def _compile(fn, args, target: str, from_vectors: int | None) -> Report:
     import jax
     from jax.experimental import topologies
 
     from pallas_kernels.compat import pallas_calls
+    from pallas_kernels.lab.follow import follow
 
     _clear(_dumps)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology(target)).devices
@@ -125,6 +129,7 @@ def _compile(fn, args, target: str) -> Report:
         compiled, hlo = _text(lowered)
         calls = list(pallas_calls(traced.jaxpr))
         kernels = _kernels(hlo, calls, find_schedules(_dumps), target.partition(":")[0])
+        kernels = follow(kernels, _dumps, hlo, traced.jaxpr, from_vectors)
         return Report(target, "", kernels, int(compiled.memory_analysis().temp_size_in_bytes), hlo)
     except Exception as error:  # whatever JAX, Mosaic and libtpu refuse with
         return Report(target, f"{stage}: {shorten(error)}")
@@ -194,7 +199,7 @@ def _match_calls(names: list[str], calls: "list[PallasCall]") -> "dict[str, Pall
         for name in names:
             if name in matched:
                 continue
-            same = [call for call in left if not by_name or _is_instruction_of(name, call.name)]
+            same = [call for call in left if not by_name or is_instruction_of(name, call.name)]
             if same:
                 matched[name] = same[0]
                 left.remove(same[0])
@@ -202,12 +207,6 @@ def _match_calls(names: list[str], calls: "list[PallasCall]") -> "dict[str, Pall
     if missing:
         raise ValueError(f"no pallas_call in the traced program for {', '.join(missing)}")
     return matched
-
-
-def _is_instruction_of(name: str, kernel: str) -> bool:
-    """`k.1`, and of newer compilers `k.1.x`, are instructions of the kernel `k`."""
-    stem = re.sub(r"[^\w.-]", "_", kernel)
-    return name == stem or re.fullmatch(re.escape(stem) + r"\.\d+(\.\w+)?", name) is not None
 
 
 def _pallas_instructions(hlo: str) -> list[tuple[str, str]]:
@@ -224,12 +223,12 @@ def _scoped(pattern: re.Pattern, text: str) -> int:
     return int(size[1]) if size else 0
 
 
-def _in_a_process(fn, args, target: str) -> Report:
+def _in_a_process(fn, args, target: str, from_vectors: int | None) -> Report:
     import jax
 
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(args))
     try:
-        job = pickle.dumps((fn, plain, target, sys.path))
+        job = pickle.dumps((fn, plain, target, from_vectors))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
             "libtpu was loaded before the laboratory could set its flags, and fn does not pickle "
@@ -256,6 +255,6 @@ def _serve() -> None:
     os.dup2(2, 1)  # what libtpu prints must not stand before the report
     sys.path[:] = pickle.load(sys.stdin.buffer)
     prepare()
-    fn, args, target, _ = pickle.load(sys.stdin.buffer)
+    fn, args, target, from_vectors = pickle.load(sys.stdin.buffer)
     with os.fdopen(out, "wb") as stream:
-        pickle.dump(_compile(fn, args, target), stream)
+        pickle.dump(_compile(fn, args, target, from_vectors), stream)

@@ -15,6 +15,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.extend.core import Literal
 
+from pallas_kernels import compat
+
+_MOST = 2**24  # elements of arrays that are evaluated
+
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
@@ -53,12 +57,32 @@ def traffic(fn: Callable, *args) -> list[Traffic]:
     closed = jax.make_jaxpr(lambda *leaves: fn(*jax.tree.unflatten(tree, leaves)))(*abstract)
     known = [None if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
     found: list[Traffic] = []
-    _walk(closed.jaxpr, [*closed.consts, *known], found)
+    _walk(closed.jaxpr, [*closed.consts, *known], lambda *call: found.append(_kernel(*call)))
     return found
 
 
-def _walk(jaxpr, values, found: list[Traffic]) -> list:
-    """Evaluates what depends on known values alone (the others are None), adding kernels' rows."""
+def prefetched(closed) -> list[tuple[str, list[np.ndarray | None]]]:
+    """The arrays that each TPU kernel of a traced program prefetches to scalar memory, by name.
+
+    Args:
+      closed: a `ClosedJaxpr`. None stands for an array that depends on the program's arguments.
+
+    Raises:
+      ValueError: which kernels run depends on the arguments.
+    """
+    found = []
+
+    def each(eqn, given):
+        count = eqn.params["grid_mapping"].num_index_operands
+        arrays = [None if x is None else np.asarray(x) for x in given[:count]]
+        found.append((compat.kernel_name(eqn.params), arrays))
+
+    _walk(closed.jaxpr, [*closed.consts, *[None] * len(closed.jaxpr.invars)], each)
+    return found
+
+
+def _walk(jaxpr, values, each: Callable) -> list:
+    """Evaluates what depends on known values alone (the others are None); `each` gets the calls."""
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), values, strict=True))
 
     def read(v):
@@ -68,21 +92,26 @@ def _walk(jaxpr, values, found: list[Traffic]) -> list:
         given, name = [read(v) for v in eqn.invars], eqn.primitive.name
         inner, given_inner = _inner(eqn, given)
         if name == "pallas_call":
-            found.append(_kernel(eqn, given))
+            each(eqn, given)
             continue
         if name == "platform_index":
             platforms = eqn.params["platforms"]
             here = [i for i, p in enumerate(platforms) if p is None or "tpu" in p]
             outs = [np.int32(here[0])]
         elif inner is not None:
-            outs = _walk(inner.jaxpr, [*inner.consts, *given_inner], found)
-        elif all(x is not None for x in given):
+            outs = _walk(inner.jaxpr, [*inner.consts, *given_inner], each)
+        elif all(x is not None for x in given) and _small(eqn.outvars):
             outs = eqn.primitive.bind(*given, **eqn.params)
             outs = outs if eqn.primitive.multiple_results else [outs]
         else:
             continue
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _small(variables) -> bool:
+    """Whether they could be index operands, or come before them: scalar memory is 1 MB."""
+    return all(getattr(v.aval, "size", 0) <= _MOST for v in variables)
 
 
 def _inner(eqn, given):

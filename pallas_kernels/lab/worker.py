@@ -107,7 +107,7 @@ def _compile(job: Job, case: Case, program: Program) -> list[Row]:
     what = {k: v for k, v in dataclasses.asdict(job).items() if k != "folder"}
     args = case.args_of(job.role)
     if chip(job.target).flops_per_cycle:
-        report = tpu.compile_tpu(program, args, job.target)
+        report = tpu.compile_tpu(program, args, job.target, program.from_vectors)
         rows = [tpu_row(case, program, kernel, **what) for kernel in report.kernels]
     else:
         report = gpu.compile_gpu(program, args)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -232,6 +233,19 @@ def test_bad_text_is_one_clear_line(tmp_path, monkeypatch, arguments, message):
         make_source("text", "train", **arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("package", "data"),
+    [
+        ("tokenizers", {"name": "stdlib", "length": 8, "tokenizer": "tokenizer.json"}),
+        ("tensorflow_datasets", {"name": "tfds", "dataset": "mnist"}),
+    ],
+)
+def test_what_only_an_extra_installs_is_named_where_it_is_absent(monkeypatch, package, data):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package} is not installed: pip install -e .\.\[data"):
+        make_source(split="train", **data)
 
 
 def test_empty_documents_are_an_error():

@@ -195,9 +195,7 @@ def test_bad_arguments_are_refused(arguments):
         DataDiet(**arguments)
 
 
-def test_data_without_labels_is_refused():
-    s = Scoring.__new__(Scoring)
-    s.__dict__.update(scoring().__dict__)
-    s.batches = lambda: iter([{"image": np.zeros((2, 8, 8, 1))}])
-    with pytest.raises(UserError, match="label"):
-        DataDiet().scores(s)
+def test_scores_name_what_they_need_of_the_data():
+    """By which a run refuses other data before it begins."""
+    assert DataDiet().needs == ("label",)
+    assert DataDiet(score="random").needs == ()

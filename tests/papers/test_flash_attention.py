@@ -66,7 +66,8 @@ def test_what_backward_keeps_is_linear_in_length():
 
 def _flash(T, mask=None, N=1, rows=None):
     x = jax.ShapeDtypeStruct((1, T, N, 128), jnp.bfloat16)
-    settings = Settings(Full() if mask is None else mask, 128**-0.5, block_q=rows)
+    mask = Full() if mask is None else mask
+    settings = Settings(mask, 128**-0.5, block_q=rows, block_kv=2048)
     (found,) = traffic(lambda *qkv: tpu.forward(*qkv, *[None] * 4, settings), x, x, x)
     return found
 

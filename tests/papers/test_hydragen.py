@@ -81,8 +81,8 @@ def test_prefix_is_one_product_of_all_queries():
     kv_heads, prefix = case.args[1].shape[1:3]
     one, by_head, pairs = grids["attention_forward"]
     tiles = BATCH * heads // kv_heads // 512
-    assert (one, by_head, pairs) == (1, kv_heads, tiles * prefix // 2048)
-    read = 2 * 2 * by_head * pairs * 2048 * size
+    assert (one, by_head, pairs) == (1, kv_heads, tiles * prefix // 4096)
+    read = 2 * 2 * by_head * pairs * 4096 * size
     assert read == kv_bytes(B, prefix, 0, kv_heads, size, reads=READS)
 
 
@@ -90,7 +90,7 @@ def test_bytes_by_count():
     """Blocks that the kernels of both programs copy, times their size, against the formula."""
     grids, case = traced(shared_cases, "batch_256_prefix_16k")
     kv_heads, prefix, size = case.args[1].shape[1:]
-    of_prefix = 2 * 2 * np.prod(grids["attention_forward"]) * 2048 * size
+    of_prefix = 2 * 2 * np.prod(grids["attention_forward"]) * 4096 * size
     copied = []
     naive_case = traced(decode_cases, "batch_256_16k")[1]
     for suffix in (case.args[3], naive_case.args[1]):
