@@ -43,8 +43,14 @@ ROWS: dict[str, list[dict]] = {
 # technique -> parameters that a plain call does not read
 NOT_READ = {"matryoshka_heads": r".*_4"}  # heads of prefixes, which serve an objective
 NO_MATRIX = {"pattention"}
-CASES = [
-    pytest.param(name, arguments, bias, id=f"{name}-{i}-{'bias' if bias else 'no_bias'}")
+CASES = [  # `make test-slow` checks the second rows of a technique
+    pytest.param(
+        name,
+        arguments,
+        bias,
+        id=f"{name}-{i}-{'bias' if bias else 'no_bias'}",
+        marks=[pytest.mark.slow] * (i > 0),
+    )
     for name, rows in ROWS.items()
     for i, arguments in enumerate(rows)
     for bias in (False, True)

@@ -122,6 +122,7 @@ def test_a_finished_run_started_again_only_evaluates(whole, tmp_path, capsys):
     tiny.same(tiny.checkpoint(folder), tiny.checkpoint(whole))
 
 
+@pytest.mark.slow
 def test_another_config_is_refused_and_free_fields_are_not(whole, tmp_path):
     folder = interrupted(whole, tmp_path / "run", 7)
     before = (folder / "config.json").read_text()
@@ -152,7 +153,8 @@ def test_init_from_starts_where_the_other_run_ended(whole, tmp_path):
         tiny.start(wide)
 
 
-@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
 def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path, packed):
     data = {"depth": 1} | ({"data": tiny.packed_text(tmp_path)} if packed else {})
     phase = common.phase(3, optimizer=SGD, clip=None)

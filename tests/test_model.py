@@ -130,6 +130,7 @@ def test_a_packed_document_gives_the_logits_it_has_alone():
     assert np.abs(mixed[:, 5:] - packed[:, 5:]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_sample_of_temperature_zero_is_the_likeliest_continuation():
     model = build(CASES["grouped"], depth=2)
     bound = model_lib.bind(model, draw(model))

@@ -95,7 +95,7 @@ def test_equals_explicit_matrices(implementation, sizes):
     assert max(errors(found, expected(x, right, left, dy))) < 1e-6
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     strategies.tuples(*[strategies.integers(1, 5)] * 5), strategies.integers(0, 9)
 )  # fmt: skip

@@ -102,6 +102,7 @@ def test_gradient_is_the_average_of_the_samples():
         np.testing.assert_allclose(got[path], wanted, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_evaluation_drops_nothing():
     model, batch = vision(), batch_of(4)
     bound = model_lib.bind(model, draw(model))
