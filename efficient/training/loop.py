@@ -71,6 +71,8 @@ class Trainer:
         """All phases from where the workdir stands; returns the final evaluation's metrics."""
         phase, state = self.begin()
         first = int(state["step"])
+        if self.last_good is not None:
+            print_line(f"resuming at step {first}")
         self._announce(phase, first)
         self.baseline = bits_per_byte_baseline(self.run)
         self.writer = MetricWriter(self.folder, self.clock, start_step=first)
@@ -110,7 +112,6 @@ class Trainer:
         self.kept = arrays.pop("selection", None)
         self.clock.restore(metadata["clock"])
         self.last_good = metadata["step"]
-        print_line(f"resuming at step {metadata['step']}")
         return phase, unflatten(step_lib.abstract_state(phase, self.run.placement), arrays)
 
     def _announce(self, phase: Phase, first: int) -> None:
@@ -153,9 +154,12 @@ class Trainer:
                 self.clock.count(**self._amount(batch), flops=flops)
                 pending = (step + 1, metrics) if self._is_log(step + 1, first, phase) else None
                 stop = self._must_stop(step + 1)
-                if stop or self._is_due(step + 1, phase, "checkpoint_every"):
+                save = stop or self._is_due(step + 1, phase, "checkpoint_every")
+                score = not stop and self._is_due(step + 1, phase, "eval_every")
+                if save or score:  # the clock pauses, for which the step must be done
                     self._log(phase, *(pending or (step + 1, metrics)), show=pending is not None)
                     pending = None
+                if save:
                     with self.clock.pause():
                         self._save(phase, step + 1, state, wait=stop)
                 if stop:
@@ -164,10 +168,7 @@ class Trainer:
                         " goes on from there"
                     )
                     raise SystemExit(143)
-                if self._is_due(step + 1, phase, "eval_every"):
-                    if pending is not None:
-                        self._log(phase, *pending)
-                        pending = None
+                if score:
                     with self.clock.pause():
                         self._evaluate(evaluate, step + 1, state)
         return state
