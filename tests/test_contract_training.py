@@ -256,7 +256,7 @@ SOME = [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in OP
 def test_an_optimizer_comes_nearer_to_a_minimum(name):
     aim, start = draw(name, 1), draw(name, 2)
     (*_, found), state = steps(
-        build(name, 0.03), start, lambda params, _: jax.tree.map(jnp.subtract, params, aim), 60
+        build(name, 0.03), start, lambda params, _: jax.tree.map(jnp.subtract, params, aim), 90
     )
     for path in SHAPES:
         before, after = (float(jnp.linalg.norm(x[path] - aim[path])) for x in (start, found))
