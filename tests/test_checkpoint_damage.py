@@ -60,7 +60,7 @@ checkpoints.save(3, {'x/0-1/y': x + 1}, {})
 
 
 def test_damage_gives_one_line_and_leaving_python_finishes_the_save(tmp_path):
-    out, err = python(QUIET, tmp_path).communicate(timeout=60)
+    out, err = python(QUIET, tmp_path).communicate(timeout=180)
     assert err == ""
     damaged, moved, *lost = out.splitlines()
     assert damaged.startswith("checkpoint 2 is damaged: ") and damaged.endswith("; using 1")
