@@ -16,7 +16,12 @@ test-slow: $(VENV)/.dev
 
 # The fast tests on the newest JAX, which may want a newer Python: make test-newest PYTHON=python3.13
 test-newest:
-	$(MAKE) test VENV=.venv-newest PYTHON=$(PYTHON)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and \
+	  "the newest JAX wants Python 3.12 or newer: make test-newest PYTHON=python3.13")'
+	$(MAKE) dev VENV=.venv-newest PYTHON=$(PYTHON)
+	.venv-newest/bin/python -m pip install --quiet --upgrade jax flax optax orbax-checkpoint
+	.venv-newest/bin/python -m pip list | grep -i -E '^(jax|jaxlib|flax|optax|orbax-checkpoint) '
+	$(MAKE) test VENV=.venv-newest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.small_runs import record
+from benchmarks.records import record
 from efficient.linears.monarch import monarch_matrix, monarch_multiply, monarch_project
 from pallas_kernels.butterfly_matmul import butterfly_matmul
 

@@ -1,9 +1,5 @@
 """Small models trained in this process, for benchmarks of what a technique does to the loss."""
 
-import importlib.metadata
-import json
-import os
-import platform
 import time
 
 import jax
@@ -63,16 +59,3 @@ def run_phase(run, phase, state, seed: int | None = None):
             state, metrics = jax.block_until_ready(step(state, batch))
             seconds.append(time.process_time() - before)
     return state, {name: float(value) for name, value in metrics.items()}, seconds
-
-
-def record(path: str, command: str, **results) -> None:
-    """Writes results with what they were measured on."""
-    about = {
-        "command": command,
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"{os.cpu_count()} {platform.machine()} cores, load {os.getloadavg()[0]:.1f}",
-        "versions": {n: importlib.metadata.version(n) for n in ("jax", "flax", "optax")},
-        "python": platform.python_version(),
-    }
-    with open(path, "w") as file:
-        json.dump({**about, **results}, file, indent=1)

@@ -18,7 +18,6 @@ sparse is the slower are printed like the others. Run it on a machine that does 
 
 import argparse
 import dataclasses
-import json
 import os
 import platform
 import statistics
@@ -32,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.records import record
 from efficient.linears.sparse_int8 import (
     ACTIVATIONS,
     integer_columns,
@@ -153,15 +153,14 @@ def measure(case: Case, rounds: int, budget: float) -> dict:
     return row
 
 
-def machine() -> dict:
-    """What the figures hold for."""
+def processor() -> str:
+    """The model of the CPU for which the figures hold."""
     model = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             lines = (line for line in file if line.startswith("model name"))
             model = next(lines, model).partition(":")[2].strip() or model
-    return {"cpu": model, "cores": os.cpu_count(), "jax": jax.__version__,
-            "python": platform.python_version()}  # fmt: skip
+    return model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,8 +182,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(f"{case}  {figures}  ({row['float32_ms']:.3f}){wrong}", flush=True)
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine(), "rows": rows}, file, indent=1)
+        command = "python -m benchmarks.sparse_cpu_inference" + options.quick * " --quick"
+        record(options.json, command, cpu=processor(), rows=rows)
     return 0 if all(row["sums_equal"] for row in rows) else 1
 
 

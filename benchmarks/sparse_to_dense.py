@@ -19,7 +19,8 @@ import collections
 import jax
 import numpy as np
 
-from benchmarks.small_runs import PEAK, host_config, record, run_phase, with_schedule
+from benchmarks.records import record
+from benchmarks.small_runs import PEAK, host_config, run_phase, with_schedule
 from efficient.training.evaluation import Evaluator
 from efficient.training.run import Run
 

@@ -11,16 +11,15 @@ first turn are compared with the dense product of the materialized matrix.
 """
 
 import argparse
-import json
+import functools
 import os
 import platform
-import time
-from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.records import by_turns, quartiles, record
 from pallas_kernels.block_sparse_matmul import BlockMask, block_sparse_matmul
 from pallas_kernels.monarch_matmul import monarch_matmul
 
@@ -88,17 +87,9 @@ def measure(n: int, rows: int, turns: int) -> list[dict]:
     runs = {name: programs(fn, weights) for name, (fn, weights, _) in found.items()}
     records = []
     for index, direction in enumerate(("forward", "forward and backward")):
-        times = {name: [] for name in runs}
-        for turn in range(turns + 1):
-            for name in rng.permutation(list(runs)):
-                start = time.perf_counter()
-                jax.block_until_ready(runs[name][index](x, dy))
-                if turn:  # the first compiles
-                    times[name].append(time.perf_counter() - start)
-        base = np.array(times["dense"])
+        calls = {name: functools.partial(both[index], x, dy) for name, both in runs.items()}
+        times = by_turns(calls, turns)
         for name, (fn, weights, fraction) in found.items():
-            ratios = base / np.array(times[name])
-            low, median, high = np.percentile(ratios, [25, 50, 75])
             records.append(
                 {
                     "n": n,
@@ -107,7 +98,7 @@ def measure(n: int, rows: int, turns: int) -> list[dict]:
                     "direction": direction,
                     "fraction": fraction,
                     "milliseconds": float(np.median(times[name]) * 1e3),
-                    "times_dense": [float(low), float(median), float(high)],
+                    "times_dense": quartiles(times["dense"] / times[name]),
                     "error": check(fn, weights, x),
                 }
             )
@@ -128,22 +119,18 @@ def main() -> None:
     print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} {platform.machine()} cores")
     records = []
     for n in sizes:
-        for record in measure(n, arguments.rows, arguments.turns):
-            low, median, high = record["times_dense"]
-            print(f"n {n:<5} {record['layer']:<30} {record['direction']:<21}"
-                  f" {record['milliseconds']:8.1f} ms  {median:5.2f} times as fast as dense"
+        for entry in measure(n, arguments.rows, arguments.turns):
+            low, median, high = entry["times_dense"]
+            print(f"n {n:<5} {entry['layer']:<30} {entry['direction']:<21}"
+                  f" {entry['milliseconds']:8.1f} ms  {median:5.2f} times as fast as dense"
                   f" ({low:.2f} to {high:.2f})", flush=True)  # fmt: skip
-            records.append(record)
+            records.append(entry)
     if arguments.json:
-        about = {
-            "command": f"python -m benchmarks.structured_cpu --n {arguments.n}"
-            f" --rows {arguments.rows} --turns {arguments.turns}",
-            "date": time.strftime("%Y-%m-%d"),
-            "device": f"{os.cpu_count()} {platform.machine()} cores, load {os.getloadavg()[0]:.1f}",
-            "versions": {"jax": version("jax"), "python": platform.python_version()},
-        }
-        with open(arguments.json, "w") as file:
-            json.dump({**about, "records": records}, file, indent=1)
+        command = (
+            f"python -m benchmarks.structured_cpu --n {arguments.n} --rows {arguments.rows}"
+            f" --turns {arguments.turns}"
+        )
+        record(arguments.json, command, records=records)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ import re
 import jax
 import numpy as np
 
-from benchmarks.small_runs import host_config, record, run_phase
+from benchmarks.records import record
+from benchmarks.small_runs import host_config, run_phase
 from efficient import model as model_lib
 from efficient.training.evaluation import Evaluator, bits_per_byte_baseline
 from efficient.training.run import Run

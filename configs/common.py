@@ -55,7 +55,7 @@ def defaults() -> ConfigDict:
             "eval_batches": 0,  # 0: all held-out examples
             "checkpoint_every": 0,  # 0: at the end of each phase only
             "keep_checkpoints": 2,
-            "profile": [],  # [first, last] steps to trace for TensorBoard
+            "profile": (),  # [first, last] steps to trace for TensorBoard
             "sample": {"prompt": "", "length": 0, "temperature": 0.8},
             "plot": True,
         }

@@ -42,6 +42,7 @@ REPLACES = {
     "objectives": "loss",
     "optimizers": "optimizer",
     "schedules": "learning-rate schedule",
+    "selection": "training examples",
     "surgery": "whole model (surgery)",
     "parallel": "placement on devices",
     "decoding": "generation",
@@ -192,7 +193,7 @@ def as_json(listed: Iterable[Entry]) -> str:
 
 
 def count_line(listed: Sequence[Entry]) -> str:
-    """`15 of 154 papers: 12 verified, 3 equations.`"""
+    """`15 of 155 papers: 12 verified, 3 equations.`"""
     counts = collections.Counter(entry.status for entry in listed)
     done = counts["verified"] + counts["equations"]
     return (

@@ -28,7 +28,7 @@ class Decoder(nnx.Module):
       max_length: the longest sequence; sizes learned positions and decoding caches.
       tied: whether the head shares the embedding's table.
       logit_softcap: logits become c * tanh(logits / c); None for none (Gemma 2).
-      remat: `none`, `dots` or `full`: what a block's backward pass computes again.
+      remat: `none`, `dots`, `products` or `full`: what a block's backward pass computes again.
       scan_from: alike neighbouring blocks are scanned when there are at least this many.
     """
 

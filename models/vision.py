@@ -122,7 +122,7 @@ class Vision(nnx.Module):
         the patch embedding that begins it.
       pooling: the head reads the `mean` of the normalised tokens, or a learned `class_token`,
         which only a model of one stage can have.
-      remat: `none`, `dots` or `full`: what a block's backward pass computes again.
+      remat: `none`, `dots`, `products` or `full`: what a block's backward pass computes again.
       scan_from: alike neighbouring blocks are scanned when there are at least this many.
     """
 

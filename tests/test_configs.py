@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -101,3 +102,34 @@ def test_smoke_run_ends_well_within_a_minute(name, tmp_path):
     rows = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert any(row["kind"] == "eval" and math.isfinite(row["loss"]) for row in rows)
     assert json.loads((tmp_path / "run/config.json").read_text())["seed"] == 3
+    if name == "quickstart":
+        check_everything_is_shown(done.stdout, tmp_path / "run")
+
+
+def check_everything_is_shown(text: str, folder: pathlib.Path) -> None:
+    """What the first command of the README prints and leaves behind."""
+    assert re.search(r"^step +\d+/\d+  loss \d+\.\d+ .*tokens/s .*ETA ", text, re.M)
+    held_out = re.search(
+        r"^held-out at step \d+: .*bits_per_byte ([\d.]+).*bigram model", text, re.M
+    )
+    assert held_out and 0 < float(held_out[1]) < 9
+    sample = text[text.index("def ", held_out.end()) :]
+    assert len(sample.encode()) > 30
+    for name in ("metrics.jsonl", "tensorboard", "loss.png"):
+        assert name in text[text.rindex("files ") :] and (folder / name).exists()
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").rglob("*tfevents*"))
+    assert str(folder / "checkpoints") in text and list((folder / "checkpoints").iterdir())
+    assert list((folder / "compile_cache").iterdir())  # the same command starts faster again
+
+
+@pytest.mark.slow
+def test_the_argument_of_a_config_composes_with_overrides_of_its_fields(tmp_path):
+    flags = ["--config.model.depth=1", "--config.sample.length=3", "--config.profile=(1,2)"]
+    command = [sys.executable, "train.py", "--config=configs/lamb.py:smoke,adamw", *flags]
+    env = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
+    subprocess.run([*command, f"--workdir={tmp_path}/run"], cwd=ROOT, check=True, env=env)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["phases"][0]["optimizer"]["name"] == "adamw"
+    assert (config["model"]["depth"], config["sample"]["length"]) == (1, 3)
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))

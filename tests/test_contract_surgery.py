@@ -37,6 +37,7 @@ KEEPS, CHANGES = True, False  # whether the function is as before
 # name: (arguments, rules before the host's own, surgeries before, whether the function is kept)
 ROWS: dict[str, tuple[dict, list, list, bool]] = {
     "block_prune": (PRUNE, [], [], CHANGES),
+    "companion": ({}, [], [], KEEPS),
     "dense_to_low_rank": ({"at": CHANNEL, "rank": 6}, [], [], CHANGES),
     "dense_to_monarch": ({"at": CHANNEL, "blocks": 4}, [], [], CHANGES),
     "grow_tokens": ({"factor": 1.5}, TOKENS, [], KEEPS),
@@ -101,7 +102,8 @@ class Operation:
 
 
 # `make test-slow` checks these: each is much like one that `make test` does.
-SLOW = {"block_prune", "dense_to_low_rank", "grow_tokens", "gwnlp", "lora_mini", "sparse_int8"}
+SLOW = {"block_prune", "companion", "dense_to_low_rank", "grow_tokens"}
+SLOW |= {"gwnlp", "lora_mini", "sparse_int8"}
 PARAMS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ROWS]
 
 

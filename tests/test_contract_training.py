@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import models
@@ -18,7 +19,7 @@ from efficient import model as model_lib
 from efficient import registry
 from efficient.parallel.placement import Placement, make_mesh
 from efficient.scope import Context, Rules, Scope
-from efficient.training.run import flatten, unflatten
+from efficient.training.run import Run, Scoring, flatten, unflatten
 from efficient.training.step import cast
 
 B, T, V, D = 8, 6, 24, 16  # batch, length, vocabulary or classes, width
@@ -28,6 +29,7 @@ HEADS = [{"at": "head", "use": "matryoshka_heads", "first": 4}]
 OBJECTIVES: dict[str, tuple[str, list, dict]] = {
     "next_token": ("decoder", [], {"z_loss": 0.1}),
     "mini_sequence_loss": ("decoder", [], {"pieces": 4, "z_loss": 0.1}),
+    "distillation": ("taught", [], {"weight": 0.5}),
     "classification": ("vision", [], {"label_smoothing": 0.1}),
     "multi_sample_dropout": ("vision", [], {"samples": 3}),
     "matryoshka": ("vision", HEADS, {"first": 4}),
@@ -51,6 +53,8 @@ OPTIMIZERS: dict[str, tuple[dict, dict]] = {
     "sgd": ({"momentum": 0.9}, {}),
     "sst_adam": ({"rank": 3, "interval": 4, "warmup": 1}, SVD),
 }
+# name: arguments
+SELECTIONS: dict[str, dict] = {"data_diet": {"keep": 0.25, "score": "random"}}
 QUICK = ("adamw",)  # what `make test` checks of the others is little less
 # name: arguments of a run of any number of steps
 SCHEDULES: dict[str, dict] = {
@@ -66,7 +70,12 @@ SCHEDULES: dict[str, dict] = {
 
 @pytest.mark.parametrize(
     ("kind", "rows"),
-    [("objective", OBJECTIVES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)],
+    [
+        ("objective", OBJECTIVES),
+        ("optimizer", OPTIMIZERS),
+        ("schedule", SCHEDULES),
+        ("selection", SELECTIONS),
+    ],
 )
 def test_every_technique_has_a_row(kind, rows):
     names = {t.name for t in registry.techniques(kind) if not t.name.startswith("test_")}
@@ -84,7 +93,7 @@ class Loss:
         technique = registry.find(name, "objective")
         registry.check_arguments(technique, arguments, name)
         self.objective, generator = technique.build(**arguments), np.random.default_rng(0)
-        if host == "decoder":
+        if host in ("decoder", "taught"):
             rules = Rules([*rules, *common.gpt2(D, 1, 2)])
             sizes = {"vocab_size": V, "width": D, "depth": 1, "max_length": T}
             tokens = generator.integers(V, size=(B, T + 1))
@@ -99,7 +108,9 @@ class Loss:
             sizes = {"image_size": 4, "channels": 1, "num_classes": V, "stages": stages}
             images = generator.random((B, 4, 4, 1), np.float32)
             batch = {"image": images, "label": generator.integers(V, size=B)}
-        self.model = models.host(host)(Scope(rules), **sizes)
+        self.model = models.host("decoder" if host == "taught" else host)(Scope(rules), **sizes)
+        if host == "taught":  # by a teacher with values of its own
+            registry.find("companion", "surgery").build().apply(self.model)
         rules.check_all_matched()
         self.arrays = model_lib.init(self.model, jax.random.key(0))
         self.batch = jax.tree.map(jnp.asarray, batch)
@@ -133,7 +144,8 @@ def test_an_objective_trains_the_whole_model_and_reports(loss):
     (value, metrics), grads = loss.grad(loss.arrays, loss.batch)
     assert np.isfinite(value) and value > 0
     for path, grad in grads.items():
-        assert np.isfinite(grad).all() and np.abs(grad).max() > 0, path
+        assert np.isfinite(grad).all(), path
+        assert (np.abs(grad).max() > 0) == model_lib.is_param(loss.model)[path], path
     assert {"loss", "weight"} <= set(metrics)
     for name, metric in metrics.items():
         assert metric.shape == () and metric.dtype == jnp.float32 and np.isfinite(metric), name
@@ -351,3 +363,25 @@ def test_a_schedule_is_finite_traced_or_not_and_no_larger_than_its_peak(name, to
     most = 1.0 if name == "one_cycle_momentum" else most
     assert np.isfinite(traced).all() and (traced >= 0).all() and traced.max() <= most * (1 + 1e-6)
     assert traced.max() > 0 or total == 1
+
+
+# Selections
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_selection_is_of_the_examples_and_a_function_of_its_key(name):
+    technique = registry.find(name, "selection")
+    registry.check_arguments(technique, SELECTIONS[name], name)
+    run = Run(tiny.config(common.phase(1), batch_size=8))
+
+    def chosen(seed: int) -> np.ndarray:
+        key, phase = jax.random.key(seed), run.phases[0]
+        scoring = Scoring(phase, {}, phase.objective, run.train_source, 8, key)
+        return np.asarray(technique.build(**SELECTIONS[name])(scoring))
+
+    kept = chosen(0)
+    assert 0 < len(kept) < len(run.train_source)
+    assert (np.diff(kept) > 0).all()  # in order, none twice
+    assert kept[0] >= 0 and kept[-1] < len(run.train_source)
+    np.testing.assert_array_equal(chosen(0), kept)
+    assert not np.array_equal(chosen(1), kept)

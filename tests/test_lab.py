@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -79,7 +81,8 @@ def op(tmp_path):
 
 def lab(*arguments, cwd=ROOT):
     command = [sys.executable, "-m", "pallas_kernels.lab", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    env = {**os.environ, "XLA_FLAGS": ""}  # compiled as users compile
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
 
 
 def recorded():
@@ -551,11 +554,12 @@ def test_the_example_of_the_docs(tmp_path):
             line,
         ).groups()
         told[case] = float(fraction)
-        # The same compiler's schedules differ between machines: 6108 spills on one were 5963 on
-        # another. What the page concludes from them, the order of the choices, is the same.
-        assert rows[case].spills == pytest.approx(int(spills), rel=0.1)
-        assert rows[case].mxu_use == pytest.approx(float(use), abs=0.05)
-        assert rows[case].roofline == pytest.approx(float(fraction), abs=0.05)
+        # To the digit by the compiler that the page names; another one's schedules are near: 5963
+        # spills of libtpu 0.0.52 are 6108 of 0.0.51.
+        same = f"libtpu {metadata.version('libtpu')}) prints" in page
+        assert rows[case].spills == pytest.approx(int(spills), rel=0 if same else 0.1)
+        assert rows[case].mxu_use == pytest.approx(float(use), abs=0.005 if same else 0.05)
+        assert rows[case].roofline == pytest.approx(float(fraction), abs=0.005 if same else 0.05)
     assert len(told) == 4
     assert sorted(told, key=told.get) == sorted(told, key=lambda case: rows[case].roofline)
 

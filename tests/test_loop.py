@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
+import eval as eval_script
 from configs import common
 from efficient.checkpoints import layout
 from efficient.errors import UserError
@@ -121,6 +122,20 @@ def test_a_finished_run_started_again_only_evaluates(whole, tmp_path, capsys):
     recorded = json.loads(before.splitlines()[-1])
     assert found["loss"] == recorded["loss"] and 0 < found["loss"] < 4
     tiny.same(tiny.checkpoint(folder), tiny.checkpoint(whole))
+
+
+@pytest.mark.slow
+def test_a_run_of_another_mesh_is_evaluated_on_the_devices_that_are_here(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "mesh": {"data": 1, "fsdp": 3, "tensor": 64}}))
+    capsys.readouterr()
+    eval_script.main(["eval.py", f"--workdir={tmp_path / 'run'}"])
+    found = json.loads(capsys.readouterr().out)
+    recorded = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert found["step"] == recorded["step"] == 8
+    np.testing.assert_allclose(found["loss"], recorded["loss"], rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -174,6 +174,14 @@ def test_meshes_that_are_refused(sizes, message):
         make_mesh(sizes, jax.devices())
 
 
+def test_an_axis_over_which_nothing_is_split_is_refused():
+    config = shaped("gpt2", {"data": 4, "sequence": 2})
+    with pytest.raises(UserError, match="config.mesh.sequence=2: nothing is split over 'sequence'"):
+        tiny.start(config, jax.devices())
+    config.placement = [{"at": "position/table", "spec": ["sequence"]}]
+    tiny.start(config, jax.devices())
+
+
 def test_placements_that_are_refused():
     for spec, message in (
         ([None, None, "fsdp"], "3 axes for shape"),

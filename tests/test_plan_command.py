@@ -1,5 +1,7 @@
 """`train.py --plan`: a config's own train step on hardware that is not here, as text and JSON."""
 
+import json
+
 import pytest
 
 import train as train_script
@@ -22,7 +24,8 @@ def planned(capsys, *flags) -> str:
 @pytest.mark.slow
 def test_a_plan_as_json(capsys):
     """The two-layer model of the smoke run, 64 wide, on 4 chips: what it holds, by hand."""
-    found = Plan.from_json(planned(capsys, SMOKE, "--plan=v5e:2x2", "--json"))
+    text = planned(capsys, SMOKE, "--plan=v5e:2x2", "--json")
+    found, said = Plan.from_json(text), json.loads(text)["report"]
     assert (found.target, found.devices, found.mesh["data"], found.fits) == ("v5e:2x2", 4, 4, True)
     block = 4 * 64 * 64 + 4 * 64 + 2 * 64 * 256 + 256 + 64 + 2 * 2 * 64
     parameters = 256 * 64 + 64 * 64 + 2 * block + 2 * 64
@@ -38,6 +41,12 @@ def test_a_plan_as_json(capsys):
     assert {c.kind for c in found.collectives} == {"all-reduce"}  # of gradients
     assert sum(c.payload * c.runs for c in found.collectives) >= 4 * parameters
     assert 0 < found.roofline.overlapped <= found.roofline.serial
+    assert said["verdict"].startswith("FITS") and "not a measurement" in said["prediction"]["note"]
+    least = said["prediction"]["all_overlapped"]
+    assert least["seconds"] == found.roofline.overlapped
+    at_peak = found.flops.model / (4 * found.peak_flops)
+    assert least["mfu"] == pytest.approx(at_peak / least["seconds"]) and least["mfu"] < 1
+    assert [row["kind"] for row in said["collectives"]] == ["all-reduce"]
 
 
 def test_a_plan_that_does_not_fit_says_so_and_exits_with_3(capsys):

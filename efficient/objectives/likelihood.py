@@ -67,20 +67,38 @@ class NextToken:
 @register("objective", "classification")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification:
-    """Cross-entropy of `label` [B] under the model's logits [B, classes]."""
+    """Cross-entropy of `label` [B] under the model's logits [B, classes].
+
+    Of a language model the class is read as its next token is: at the last token of the example,
+    which with `segment_ids` is the last one that is not 0.
+    """
 
     label_smoothing: float = 0.0
 
     def __call__(self, model, batch, context: Context):
         """(loss in nats an example, metrics; `weight` is the number of examples)."""
-        h, aux = model.features(batch, context)
-        logits = model.logits(h, context)
+        logits, aux = class_logits(model, batch, context)
         loss = cross_entropy(logits, batch["label"], self.label_smoothing)
         mean, weight = weighted_mean(loss, batch.get("weight"))
         hit = (logits.argmax(axis=-1) == batch["label"]).astype(jnp.float32)
         accuracy = weighted_mean(hit, batch.get("weight"))[0]
         metrics = {"loss": mean, "accuracy": accuracy, "weight": weight}
         return mean + auxiliary_loss(aux), metrics | aux
+
+
+def class_logits(model, batch, context: Context) -> tuple[Float[Array, "B C"], dict]:
+    """Logits of the class of each example, at its last token if it is of tokens; and `aux`."""
+    h, aux = model.features(batch, context)
+    return model.logits(last_token(h, batch) if "tokens" in batch else h, context), aux
+
+
+def last_token(h: Float[Array, "B T D"], batch) -> Float[Array, "B D"]:
+    """Hidden states of the last token of each example, before the padding of segment 0."""
+    if "segment_ids" not in batch:
+        return h[:, -1]
+    positions = jnp.arange(h.shape[1])
+    last = jnp.where(batch["segment_ids"] > 0, positions, 0).max(axis=-1)
+    return jnp.take_along_axis(h, last[:, None, None], axis=1)[:, 0]
 
 
 def token_weights(batch) -> Float[Array, "B T"] | None:

@@ -165,6 +165,11 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, None, "tensor", None))
 
     @property
+    def named_axes(self) -> set[str]:
+        """The mesh axes that the config's own rules name."""
+        return {axis for _, spec in self.rules for axis in _axes(spec)}
+
+    @property
     def batch_ways(self) -> int:
         return math.prod(self.mesh.shape[a] for a in BATCH_AXES)
 

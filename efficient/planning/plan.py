@@ -69,11 +69,15 @@ class Plan:
         return flops / (seconds * self.devices * self.peak_flops)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """Every field, under `report` with what the text says of them: verdict and prediction."""
+        from efficient.planning import report
+
+        return json.dumps(dataclasses.asdict(self) | {"report": report.conclusions(self)}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         fields = json.loads(text)
+        fields.pop("report", None)
         fields["memory"] = Memory(**fields["memory"])
         fields["flops"] = FlopCount(**_tuples(fields["flops"]))
         fields["collectives"] = tuple(Collective(**_tuples(c)) for c in fields["collectives"])

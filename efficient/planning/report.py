@@ -6,6 +6,7 @@ from efficient.planning.collectives import Collective
 from efficient.planning.roofline import NOT_COUNTED
 
 _WIDTH = 100
+PREDICTION = "PREDICTION of a step, not a measurement: peak rates, no latency of kernels or host"
 
 
 def to_text(plan) -> str:
@@ -17,6 +18,32 @@ def to_text(plan) -> str:
     if plan.notes:
         lines += ["", *(f"note: {note}" for note in plan.notes)]
     return "\n".join(lines) + "\n"
+
+
+def conclusions(plan) -> dict:
+    """What `to_text` concludes from the fields: the verdict, totals by kind, and the prediction."""
+    found: dict = {"verdict": _verdict(plan)}
+    found["collectives"] = [
+        {"kind": row.kind, "axes": row.axes, "group": row.group, "runs": row.runs,
+         "bytes_sent": row.wire, "seconds_at_least": row.seconds}
+        for row in merged(plan.collectives)
+    ]  # fmt: skip
+    if plan.roofline:
+        found["prediction"] = {
+            "note": PREDICTION,
+            **{
+                name: {
+                    "seconds": seconds,
+                    "mfu": plan.utilization(seconds),
+                    "hfu": plan.utilization(seconds, recomputed=True),
+                }
+                for name, seconds in (
+                    ("all_overlapped", plan.roofline.overlapped),
+                    ("none_overlapped", plan.roofline.serial),
+                )
+            },
+        }
+    return found
 
 
 def _head(plan) -> list[str]:
@@ -130,8 +157,7 @@ def _roofline(plan) -> list[str]:
         ("op by op", roof.operations, "compute or memory an operation, no collective"),
         ("none overlapped", roof.serial, f"sum of the three: {used(roof.serial)}"),
     ]
-    lines = ["PREDICTION of a step, not a measurement: peak rates, no latency of kernels or host"]
-    return lines + [f"  {name:<18}{_ms(t):>14}  {why}" for name, t, why in rows]
+    return [PREDICTION] + [f"  {name:<18}{_ms(t):>14}  {why}" for name, t, why in rows]
 
 
 def _gib(size: float) -> str:

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from efficient import model as model_lib
 from efficient.errors import UserError
-from efficient.objectives.likelihood import cross_entropy
+from efficient.objectives.likelihood import class_logits, cross_entropy
 from efficient.papers import Claim, Paper
 from efficient.registry import register
 from efficient.scope import Context
@@ -148,8 +148,7 @@ def _all_scores(function, scoring, values) -> Float[np.ndarray, " n"]:
 
 def _batch_scores(scoring, score: str, values, batch) -> Float[Array, " B"]:
     def logits(values, batch):
-        model = scoring.bind(values)
-        return model.logits(model.features(batch, Context())[0], Context())
+        return class_logits(scoring.bind(values), batch, Context())[0]
 
     if score == "el2n":
         return el2n(logits(values, batch), batch["label"])

@@ -83,8 +83,9 @@ def unwrapped(path: str) -> str:
 def initial_values(model: nnx.Module, key: Array, like: Mapping[str, Array]) -> Arrays:
     """The arrays with which the run began, wherever wrappers have moved them since.
 
-    They are drawn again, since each is a function of the run's key and its path alone. Right for a
-    run whose first phase was drawn from that key, without wrappers (not from `init_from`).
+    They are drawn again, since each is a function of the run's key and its path alone; those of a
+    companion stay as they are. Right for a run whose first phase was drawn from that key, without
+    wrappers (not from `init_from`).
 
     Args:
       model: unstacked, abstract.
@@ -97,7 +98,7 @@ def initial_values(model: nnx.Module, key: Array, like: Mapping[str, Array]) -> 
     shardings = {p: getattr(array, "sharding", None) for p, array in found.items()}
     # Under jit, as at the start of the run: XLA folds constants, which can change the last bit.
     draw = jax.jit(lambda key: init(model, key, name=unwrapped), out_shardings=shardings)
-    return draw(key)
+    return draw(key) | {p: like[p] for p, v in walk(model) if v.get_metadata("kept", False)}
 
 
 def merged_arrays(module: nnx.Module) -> Arrays:

@@ -46,6 +46,8 @@ def train(argv: list[str]) -> None:
     if values.plan:
         _plan(config, values.plan, values.json)
         return
+    if values.json:
+        raise UserError("--json is of --plan; metrics.jsonl has a run's figures as JSON")
     if not values.workdir:
         raise UserError("which folder? add --workdir=runs/NAME")
     with _Processes(values):
@@ -84,12 +86,24 @@ def evaluate(argv: list[str]) -> None:
         raise UserError(f"{path} is damaged; start the run's train.py again to mend it") from None
     if values.config is not None:
         config = _config(values)
+    else:
+        _fit_mesh(config)
     if values.lengths is not None:
         _evaluate_lengths(config, values, argv)
         return
     from efficient.training import loop
 
     loop.evaluate(config, values.workdir, values.prompt, values.length, values.temperature)
+
+
+def _fit_mesh(config: ConfigDict) -> None:
+    """Spreads parameters over the devices that are here where the run's mesh does not fit them."""
+    from efficient.parallel.placement import make_mesh
+
+    try:
+        make_mesh(config.get("mesh", {}))
+    except UserError:
+        config.mesh = {"data": 1, "fsdp": -1}
 
 
 def _evaluate_lengths(config: ConfigDict, values: flags.FlagValues, argv: list[str]) -> None:

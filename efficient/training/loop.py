@@ -27,7 +27,9 @@ from efficient.training.metrics import Clock, MetricWriter, plot_losses, print_l
 from efficient.training.run import Run, Subset, flatten, unflatten
 from efficient.training.workdir import claim, use_compile_cache
 
-SHOWN = ("loss", "accuracy")
+SHOWN = ("loss", "accuracy", "relative_error")
+# A field of the examples that tells what a loss is measured in.
+UNITS = {"label": "nats per example", "target": "mean square", "tokens": "nats per token"}
 # What shows that a run has diverged; the norms are of all gradients and all trained parameters.
 WATCHED = {"loss": "loss", "grad_norm": "gradient norm", "param_norm": "norm of the parameters"}
 
@@ -278,9 +280,8 @@ class Trainer:
         self.checkpoints.wait()
         self.writer.close()
         if jax.process_index() == 0 and self.config.plot:
-            unit = (
-                "nats per token" if "tokens" in self.run.train_source.spec else "nats per example"
-            )
+            fields = self.run.train_source.spec
+            unit = next((unit for field, unit in UNITS.items() if field in fields), "")
             plot_losses(self.folder / "metrics.jsonl", self.folder / "loss.png", unit=unit)
         print_line(f"run        {self.folder}")
         print_line(f"checkpoint {self.checkpoints.directory / str(self.run.total_steps)}")

@@ -1,5 +1,7 @@
 """The plan of a config: its real train step, compiled for hardware that is not here."""
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from efficient.planning.hardware import Target
@@ -24,10 +26,14 @@ def plan_config(config: ConfigDict, target: str) -> Plan:
         "optimizer": state["optimizer"],
         "batch": batch,
     }
-    return plan(
+    found = plan(
         run.train_step(phase),
         (state, batch),
         target=hardware,
         mesh=run.placement.mesh,
         labels=labels,
     )
+    if len(run.phases) == 1:
+        return found
+    note = f"this is the first of {len(run.phases)} phases; the others are not planned"
+    return dataclasses.replace(found, notes=(*found.notes, note))

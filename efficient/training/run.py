@@ -96,6 +96,7 @@ class Run:
         experiment.check_selections(self.phases, self.train_source.spec)
         self.init_key = jax.random.key(config.seed)
         self._check_sizes()
+        self._check_axes()
         self._flops: dict[int, float] = {}
         if config.sample["length"]:
             check_sample(config, self.base, self.eval_source.facts)
@@ -113,6 +114,16 @@ class Run:
                 f"a microbatch of {microbatch} examples does not divide over {ways} devices"
                 " (mesh data x fsdp); change config.batch_size or config.mesh"
             )
+
+    def _check_axes(self) -> None:
+        """Refuses an axis that nothing is split over: its devices would repeat the same work."""
+        named = {"data", "fsdp", "tensor", *self.placement.named_axes}
+        for axis, size in self.placement.mesh.shape.items():
+            if size > 1 and axis not in named:
+                raise UserError(
+                    f"config.mesh.{axis}={size}: nothing is split over {axis!r} yet; set it to 1,"
+                    " or name it in a rule of config.placement"
+                )
 
     @property
     def total_steps(self) -> int:

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pallas_kernels.lab.chips import chip
 
 # Bounds on the error of prediction: to either side for kernels with blocks of 512 and more, and for
-# those with blocks of 128. Last: -22% to +15% and -71% to -68% (jax 0.10.2, libtpu 0.0.51); the
-# schedules of one compiler differ between machines, by which errors moved up to 5 points.
+# those with blocks of 128. Last: -22% to +15% and -71% to -68% (jax 0.10.2, libtpu 0.0.52). Every
+# version of the compiler has schedules of its own, by which errors move a few points.
 LARGE = 0.25
 SMALL = (-0.75, -0.60)
 

@@ -1,4 +1,4 @@
-"""JAX's own Pallas kernels as peers, with the block sizes to choose the best of.
+"""JAX's own Pallas kernels as peers, and tokamax's, with the block sizes to choose the best of.
 
 A case names them by role, and the laboratory compiles every choice and reports the fastest:
 
@@ -9,7 +9,8 @@ not scale by H**-0.5 itself; the peers scale q outside the kernel, which costs t
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,8 @@ BACKWARD_BLOCKS = (
     ((1024, 1024, 512), (1024, 1024)),
     ((1024, 2048, 512), (2048, 1024)),
 )
+# tokamax has only the fused backward kernel, of (block_q, block_kv, block_kv_compute).
+TOKAMAX_BACKWARD_BLOCKS = ((512, 512, 512), (1024, 1024, 512), (1024, 2048, 512))
 _GRADIENTS_FORWARD = (512, 512, 512)  # the forward kernel beside them; `splash_forward` tunes it
 # (rows, columns, contraction) of a tile.
 MATMUL_TILES = (
@@ -41,6 +44,20 @@ MATMUL_TILES = (
     (1024, 1024, 512),
     (1024, 1024, 256),
 )
+
+
+def attention(
+    mask: str = "full", left: int | None = None
+) -> Mapping[str, Mapping[str, list[Program]]]:
+    """Every peer of attention that is installed, by role: jax's splash, and tokamax's."""
+    found = {
+        "forward": {"splash": splash_forward(mask, left=left)},
+        "backward": {"splash": splash_backward(mask, left=left)},
+    }
+    if importlib.util.find_spec("tokamax"):
+        found["forward"]["tokamax"] = tokamax_forward(mask, left=left)
+        found["backward"]["tokamax"] = tokamax_backward(mask, left=left)
+    return found
 
 
 def splash_forward(
@@ -97,6 +114,46 @@ def splash_backward(
                 )
             )
     return programs
+
+
+def tokamax_forward(
+    mask: str = "full",
+    blocks: Sequence[tuple[int, int, int]] = FORWARD_BLOCKS,
+    left: int | None = None,
+) -> list[Program]:
+    """tokamax's splash attention, forward, with its base-2 exponent and both of its schedulers.
+
+    Arguments as for `splash_forward`. tokamax has no public name for the kernel alone.
+    """
+    return [
+        Program(
+            functools.partial(_tokamax, mask=mask, left=left, sizes=_tokamax_sizes(b, None, s)),
+            label=f"q {b[0]} kv {b[1]} compute {b[2]}{s * ' scheduler'}",
+            live_steps=functools.partial(_live_forward, mask=mask, left=left, block=b[:2]),
+        )
+        for b in blocks
+        for s in (False, True)
+    ]
+
+
+def tokamax_backward(
+    mask: str = "full",
+    blocks: Sequence[tuple[int, int, int]] = TOKAMAX_BACKWARD_BLOCKS,
+    left: int | None = None,
+) -> list[Program]:
+    """tokamax's splash attention, gradients, by one fused kernel: functions of (q, k, v, dO)."""
+    return [
+        Program(
+            functools.partial(
+                _tokamax_gradient, mask=mask, left=left, sizes=_tokamax_sizes(None, b, s)
+            ),
+            label=f"dkv q {b[0]} kv {b[1]} compute {b[2]} fused{s * ' scheduler'}",
+            live_steps=functools.partial(_live_backward, mask=mask, left=left, dkv=b[:2], dq=b[:2]),
+            rename={"_dkv_": "_dkv_fused_"},
+        )
+        for b in blocks
+        for s in (False, True)
+    ]
 
 
 def matmul(tiles: Sequence[tuple[int, int, int]] = MATMUL_TILES) -> list[Program]:
@@ -171,11 +228,8 @@ def _splash(q, k, v, *, mask: str, left: int | None, sizes: dict) -> jax.Array:
         splash_attention_mask as masks,
     )
 
-    for name, size in sizes.items():
-        length = q.shape[1] if "block_q" in name else k.shape[1]
-        if "block" in name and length % size:
-            raise ValueError(f"{name} {size} does not divide {length}")
-    heads = masks.MultiHeadMask([_mask(mask, left, q.shape[1], k.shape[1])] * q.shape[2])
+    _check_blocks(sizes, q, k)
+    heads = masks.MultiHeadMask([_mask(masks, mask, left, q.shape[1], k.shape[1])] * q.shape[2])
     attend = kernel.make_splash_mha_single_device(heads, block_sizes=kernel.BlockSizes(**sizes))
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
     return jnp.swapaxes(jax.vmap(attend)(q, k, v), 1, 2)
@@ -186,11 +240,43 @@ def _splash_gradient(q, k, v, do, **how):
     return out, pull(do)
 
 
-def _mask(mask: str, left: int | None, T: int, S: int):
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
+def _tokamax_sizes(forward, backward, scheduler: bool) -> dict:
+    sizes = _forward_sizes(forward or _GRADIENTS_FORWARD)
+    sizes["use_experimental_scheduler"] = scheduler
+    if backward is not None:
+        sizes |= {f"{name}_dkv": n for name, n in zip(("block_q", "block_kv"), backward)}
+        sizes["block_kv_dkv_compute"] = backward[2]
+    return sizes
+
+
+def _tokamax(q, k, v, *, mask: str, left: int | None, sizes: dict) -> jax.Array:
+    from tokamax._src.ops.experimental.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from tokamax._src.ops.experimental.tpu.splash_attention import (
         splash_attention_mask as masks,
     )
 
+    _check_blocks(sizes, q, k)
+    seen = _mask(masks, mask, left, q.shape[1], k.shape[1])
+    attend = kernel.make_splash_mha_single_device(seen, config=kernel.SplashConfig(**sizes))
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return jnp.swapaxes(jax.vmap(attend)(q, k, v), 1, 2)
+
+
+def _tokamax_gradient(q, k, v, do, **how):
+    out, pull = jax.vjp(lambda *qkv: _tokamax(*qkv, **how), q, k, v)
+    return out, pull(do)
+
+
+def _check_blocks(sizes: Mapping, q, k) -> None:
+    for name, size in sizes.items():
+        length = q.shape[1] if "block_q" in name else k.shape[1]
+        if "block" in name and length % size:
+            raise ValueError(f"{name} {size} does not divide {length}")
+
+
+def _mask(masks, mask: str, left: int | None, T: int, S: int):
     if mask == "full":
         return masks.FullMask((T, S))
     if mask == "causal":
