@@ -12,7 +12,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    """The config; `:tensor=4` sets the tensor axis, `:batch_size=1024` is for more than 512 chips."""
+    """The config; `:tensor=4` sets the tensor axis, `:batch_size=1024` suits 1024 chips."""
     arg = common.parse(arg, tensor=1, length=2048, batch_size=512)
     config = common.defaults()
     if arg.smoke:

@@ -1,8 +1,8 @@
 """Eight fake CPU devices for every test, and public functions checked against their shapes.
 
-Programs of the tests' own process are small and mostly compiled for one call: LLVM does not
-optimize them, which takes a third off the time of all tests. Commands in processes of their own
-(`tiny.py`) and the configs' smoke runs are compiled as users compile them.
+Programs of the tests are small and mostly compiled for one call: LLVM does not optimize them,
+which takes a third off the time of all tests. The configs' smoke runs, the notebook and the
+laboratory are compiled as users compile them.
 """
 
 import os

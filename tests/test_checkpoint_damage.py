@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from checkpoints import ROOT, assert_bitwise, place, save_three, structs, tree
 
 from efficient.checkpoints.checkpoint import Checkpointer
@@ -43,8 +44,8 @@ checkpoints = Checkpointer({directory!r})
 
 def python(code, directory, **options):
     code = SCRIPT.format(root=str(ROOT), directory=str(directory)) + code
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = tiny.environment()
     return subprocess.Popen([sys.executable, "-c", code], env=env, **pipes, **options)
 
 
@@ -309,9 +310,7 @@ def test_two_processes_save_agree_on_damage_and_restore(tmp_path):
     code = (SCRIPT + TWO).format(root=str(ROOT), directory=str(tmp_path))
     code = code.replace("checkpoints = Checkpointer", "make = lambda: Checkpointer", 1)
     code = code.replace("def host(", "checkpoints = make()\n\ndef host(", 1)
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    command = [sys.executable, "-c", code]
+    command, env = [sys.executable, "-c", code], tiny.environment(2)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
     both = [subprocess.Popen([*command, str(i), str(port)], **pipes) for i in range(2)]
     try:

@@ -23,6 +23,7 @@ def test_notebook_runs(name, monkeypatch):
     jupytext = pytest.importorskip("jupytext", reason="jupytext comes with the dev extra")
     nbclient = pytest.importorskip("nbclient", reason="nbclient comes with the dev extra")
     monkeypatch.setenv("NOTEBOOK_STEPS", "6")
+    monkeypatch.setenv("XLA_FLAGS", "")  # as users compile it
     monkeypatch.setenv("PYTHONPATH", os.fspath(FOLDER.parent))
     notebook = jupytext.read(FOLDER / f"{name}.py")
     nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3").execute()

@@ -114,8 +114,8 @@ def rows(workdir) -> list[tuple[int, str]]:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """Of a command outside this process, with that many CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    """Of a command outside this process, with that many CPU devices, compiled as here."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
