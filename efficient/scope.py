@@ -81,6 +81,8 @@ class Context:
       grid: (height, width) of the tokens of an image (static), None for sequences.
       activations: how the leading axis of activations lies on the mesh (static).
       heads: how [B, T, N, H] does, whose heads the mesh may split too (static).
+      placement: the rules by which arrays lie on the mesh (static), `parallel.placement.Placement`;
+        None where there is none.
     """
 
     positions: Int[Array, "B T"] | None = None
@@ -92,10 +94,10 @@ class Context:
     activations: jax.sharding.NamedSharding | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
-
     heads: jax.sharding.NamedSharding | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
+    placement: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def place(self, x: Array) -> Array:
         """Keeps activations split along the batch, so that it is parameters that travel."""
@@ -112,6 +114,12 @@ class Context:
             axis = None
         spec = jax.sharding.PartitionSpec(batch, None, axis, None)
         return jax.sharding.NamedSharding(self.heads.mesh, spec)
+
+    def features(self, name: str) -> tuple[Any, Any]:
+        """The mesh axes that split the inputs and outputs of the linear of that `scope.name`."""
+        if self.placement is None:
+            return None, None
+        return self.placement.features(name.replace("*", "0"))
 
     def key(self, name: str) -> Array | None:
         """The key of one user of randomness in a layer; `scope.name` so that no two share it."""

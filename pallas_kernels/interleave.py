@@ -20,9 +20,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
+# Rows of words of one exchange: a register of each of its L tiles.
+WORDS = 8
 
 
 def exchange(tiles: Sequence[jax.Array]) -> list[jax.Array]:
@@ -113,3 +116,23 @@ def _div(x, by):
 
 def _rem(x, by):
     return lax.rem(x, jnp.int32(by))
+
+
+def tile(i):
+    """The lanes of a tile."""
+    return pl.ds(aligned(i * LANES), LANES)
+
+
+def pack(values):
+    """Words of 32 bits of bfloat16 [2 n, ...]; float32 as it is."""
+    return pltpu.bitcast(values, jnp.int32) if values.dtype == jnp.bfloat16 else values
+
+
+def unpack(words, dtype):
+    """The inverse of `pack`."""
+    return pltpu.bitcast(words, dtype) if words.dtype == jnp.int32 else words
+
+
+def aligned(lane):
+    """For the compiler, where the lane is not known."""
+    return lane if isinstance(lane, int) else pl.multiple_of(lane, LANES)

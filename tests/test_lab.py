@@ -467,6 +467,7 @@ def test_program_of_another_process(op, monkeypatch):
     ("arguments", "message"),
     [
         (["--target", "v6f"], "unknown target 'v6f'; did you mean 'v6e'?"),
+        (["decode_attention", "--target", "h200"], "no case is meant for h200; name one"),
         (["{op}", "--case", "rows 25"], "unknown case 'rows 25'; did you mean 'rows 256'?"),
         (["no_such_op"], "unknown op 'no_such_op'; "),
         (["{op}/.."], "holds no cases.py"),

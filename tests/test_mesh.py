@@ -25,6 +25,7 @@ MESHES = {
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 STEPS = 20
+MONARCH = {"at": r"blocks/\d+/(mixer|channel)/.*", "use": "monarch", "blocks": 4, "bias": True}
 
 
 def shaped(shape: str, mesh=None, **fields):
@@ -34,6 +35,7 @@ def shaped(shape: str, mesh=None, **fields):
     rules, model = {
         "gpt2": (None, {}),
         "llama": (tiny.llama_rules(heads=8, kv_heads=4), {"tied": False, "vocab_size": 16}),
+        "monarch": ([MONARCH, *common.gpt2(32, 2, 2)], {}),
     }[shape]
     fields = {"rules": rules, "model": model, **fields}
     return tiny.config(phase, mesh={"data": -1} if mesh is None else mesh, **fields)
@@ -63,7 +65,10 @@ def units(arrays) -> dict[str, float]:
     return {path: float(np.spacing(np.float32(top[kind]))) for path, kind in kinds.items()}
 
 
-@pytest.fixture(scope="module", params=["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+OTHERS = [pytest.param(s, marks=pytest.mark.slow) for s in ("llama", "monarch")]
+
+
+@pytest.fixture(scope="module", params=["gpt2", *OTHERS])
 def one_device(request):
     """(shape, results on one device, the most that an order of rows changes each array)."""
     run, _ = tiny.start(shaped(request.param))
@@ -94,7 +99,7 @@ def test_a_mesh_takes_the_steps_of_one_device(one_device, name):
         for path in wanted:
             error = np.abs(got[path] - wanted[path]).max()
             assert error <= 10 * max(most[path], unit[path]), (path, error, most[path])
-    kernel = "params/blocks/0/mixer/q/kernel"
+    kernel = f"params/blocks/0/mixer/q/{'right' if shape == 'monarch' else 'kernel'}"
     moved = np.abs(expected[1][kernel] - expected[0][kernel]).max()
     assert moved > 1e4 * noise[1][kernel]
 

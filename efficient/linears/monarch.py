@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Inexact
 
 from efficient.errors import UserError
@@ -35,6 +36,7 @@ from efficient.linears.layout import layout_of
 from efficient.papers import Claim, Paper
 from efficient.registry import register
 from efficient.scope import Context, Scope, param
+from pallas_kernels.mesh import size as axes_size
 from pallas_kernels.monarch_matmul import monarch_matmul
 
 _TEST = "tests/papers/test_monarch.py"
@@ -188,7 +190,7 @@ class Monarch(nnx.Module):
         blocks: int = 4,
         bias: bool | None = None,
     ):
-        del scope
+        self.name = scope.name
         if not 1 <= blocks <= min(in_features, out_features):
             raise UserError(
                 f"monarch: blocks={blocks} must be between 1 and the smaller of its"
@@ -210,14 +212,27 @@ class Monarch(nnx.Module):
         bias = self.bias
         if bias is not None:
             bias = jnp.pad(bias[...].astype(dtype), (0, outputs - self.out_features))
+        rows = layout_of(x, context)
         y = monarch_matmul(
             jnp.pad(x.astype(dtype), [(0, 0)] * (x.ndim - 1) + [(0, missing)]),
             right,
             left,
             bias=bias,
-            sharding=layout_of(x, context),
+            **self._split(rows, x.ndim, context),
         )
         return y[..., : self.out_features]
+
+    def _split(self, rows: NamedSharding | None, ndim: int, context: Context) -> dict:
+        """How features lie on the mesh: as a dense layer's here, where the factors divide so."""
+        inputs, outputs = context.features(self.name)
+        (blocks, _, _), (_, inner, columns) = self.right.shape[-3:], self.left.shape[-3:]
+        ways = 1 if rows is None else axes_size(rows.mesh, inputs or outputs)
+        other = inner if inputs else columns
+        if ways == 1 or blocks % ways or other % ways or (inputs and outputs):
+            return {"sharding": rows}
+        lead = (*rows.spec, *(None,) * ndim)[: ndim - 1]
+        split = NamedSharding(rows.mesh, PartitionSpec(*lead, inputs))
+        return {"sharding": split, "outputs": outputs}
 
     def flops(self) -> int:
         """Floating-point operations a token of the two products."""

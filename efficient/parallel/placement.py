@@ -23,11 +23,22 @@ from efficient.model import layers_of
 AXES = ("pipeline", "data", "fsdp", "expert", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
+_COLUMN, _ROW = r".*/(q|k|v|up|gate)(/base)?", r".*/(out|down)(/base)?"
 # Megatron's column and row splits, crossed with fully sharded data parallelism.
 DEFAULTS: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    (r".*/(q|k|v|up|gate)(/base)?/kernel", ("fsdp", "tensor")),
-    (r".*/(out|down)(/base)?/kernel", ("tensor", "fsdp")),
-    (r".*/(q|k|v|up|gate)(/base)?/bias", ("tensor",)),
+    (rf"{_COLUMN}/kernel", ("fsdp", "tensor")),
+    (rf"{_ROW}/kernel", ("tensor", "fsdp")),
+    (rf"{_COLUMN}/bias", ("tensor",)),
+    # The same splits of Monarch's factors (see pallas_kernels/monarch_matmul/split.py) and of two
+    # thin ones, between which a column split has no sum and a row split one of the rank's size.
+    (rf"{_COLUMN}/right", ("tensor", "fsdp")),
+    (rf"{_COLUMN}/left", (None, "fsdp", "tensor")),
+    (rf"{_ROW}/right", ("tensor", "fsdp")),
+    (rf"{_ROW}/left", (None, "tensor", "fsdp")),
+    (rf"{_COLUMN}/down", ("fsdp",)),
+    (rf"{_COLUMN}/up", ("fsdp", "tensor")),
+    (rf"{_ROW}/down", ("tensor", "fsdp")),
+    (rf"{_ROW}/up", (None, "fsdp")),
     (r"embed/table", ("tensor", "fsdp")),
     (r"head/kernel", ("fsdp", "tensor")),
 )
@@ -149,6 +160,20 @@ class Placement:
                 f" the dimension {size}"
             )
         return None
+
+    def features(self, path: str) -> tuple[Any, Any]:
+        """The model axes that split the inputs and the outputs of the linear at an unstacked path.
+
+        They are those of a dense kernel there: `<path>/kernel` under the rules, but for the axes
+        that split the batch. None where none does.
+        """
+        spec = (*(self.spec(f"{path}/kernel") or ()), None, None)[:2]
+        kept = (
+            tuple(a for a in _axes((s,)) if a not in BATCH_AXES and self.mesh.shape[a] > 1)
+            for s in spec
+        )
+        inputs, outputs = (axes[0] if len(axes) == 1 else axes or None for axes in kept)
+        return inputs, outputs
 
     @functools.cached_property
     def replicated(self) -> NamedSharding:

@@ -64,6 +64,7 @@ def make_train_step(
             train=True,
             activations=placement.batch,
             heads=placement.heads,
+            placement=placement,
         )
         loss, metrics = phase.objective(model, batch, context)
         return loss, (metrics, model_lib.state_of(model))
@@ -149,7 +150,12 @@ def make_eval_step(phase: Phase, placement: Placement, dtype) -> Callable:
 
     def eval_step(params, buffers, batch):
         model = model_lib.bind(phase.stacked, cast(params, dtype) | buffers)
-        context = Context(progress=1.0, activations=placement.batch, heads=placement.heads)
+        context = Context(
+            progress=1.0,
+            activations=placement.batch,
+            heads=placement.heads,
+            placement=placement,
+        )
         return phase.objective(model, batch, context)[1]
 
     return jax.jit(eval_step, out_shardings=placement.replicated)

@@ -7,7 +7,7 @@ the platform's product takes it; any other is a gather.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.monarch_matmul.reference import finish
+from pallas_kernels.epilogue import finish
 
 
 def forward(x, blocks, bias, inputs, outputs, activation, precision, platform="cpu"):

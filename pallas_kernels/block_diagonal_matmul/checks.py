@@ -1,7 +1,7 @@
 """Arguments of `block_diagonal_matmul`: one line that names what is wrong and what is accepted."""
 
 from pallas_kernels.block_diagonal_matmul.permutation import Permutation, Stride
-from pallas_kernels.monarch_matmul.reference import ACTIVATIONS
+from pallas_kernels.epilogue import ACTIVATIONS
 
 IMPLEMENTATIONS = (None, "reference", "blockwise", "tpu")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

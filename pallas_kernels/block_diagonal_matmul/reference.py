@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.monarch_matmul.reference import finish
+from pallas_kernels.epilogue import finish
 
 
 def reference(x, blocks, bias=None, inputs=None, outputs=None, activation=None, precision=None):

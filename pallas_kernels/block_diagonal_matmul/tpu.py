@@ -21,7 +21,7 @@ from pallas_kernels.block_diagonal_matmul import tpu_plan
 from pallas_kernels.block_diagonal_matmul.layout import place_of
 from pallas_kernels.block_diagonal_matmul.tpu_plan import WIDTH, Plan
 from pallas_kernels.block_diagonal_matmul.tpu_sides import Side
-from pallas_kernels.monarch_matmul.reference import finish
+from pallas_kernels.epilogue import finish
 
 
 def unsupported(x, blocks, inputs, outputs, activation, backward) -> str | None:

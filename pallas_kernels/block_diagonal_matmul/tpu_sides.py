@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.block_diagonal_matmul.layout import Layout
-from pallas_kernels.interleave import LANES, collect, spread
-from pallas_kernels.monarch_matmul.tpu_forward import WORDS, pack, tile, unpack
+from pallas_kernels.interleave import LANES, WORDS, collect, pack, spread, tile, unpack
 
 
 class Side(NamedTuple):

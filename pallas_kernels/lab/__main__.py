@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command: 0 where every own kernel compiled, 1 where one did not, 2 for bad input."""
     options = _parser().parse_args(arguments)
     try:
-        jobs = list(_jobs(options))
+        jobs = _jobs(options)
         _check_write(options.write)
         rows = _run(jobs, quiet=options.json)
     except ValueError as error:
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _jobs(options) -> Iterator[Job]:
+def _jobs(options) -> list[Job]:
     targets = _listed(options.target)
     for target in targets:
         if target not in CHIPS:
@@ -68,10 +68,22 @@ def _jobs(options) -> Iterator[Job]:
     for name in chosen:
         if name not in names:
             raise ValueError(f"unknown case {name!r}; {nearest(name, names)}")
-    for op, cases in loaded:
-        for case in cases:
-            if not chosen or case.name in chosen:
-                yield from _jobs_of(op, case, targets or case.targets, not options.no_peers)
+    found_jobs = [
+        job
+        for op, cases in loaded
+        for case in cases
+        if not chosen or case.name in chosen
+        # A case that is named is compiled for any target, of all cases those that are meant for it.
+        for job in _jobs_of(
+            op,
+            case,
+            [t for t in targets if chosen or t in case.targets] if targets else case.targets,
+            not options.no_peers,
+        )
+    ]
+    if not found_jobs:
+        raise ValueError(f"no case is meant for {', '.join(targets)}; name one with --case")
+    return found_jobs
 
 
 def _jobs_of(op: ops.Op, case: Case, targets: Sequence[str], with_peers: bool) -> Iterator[Job]:

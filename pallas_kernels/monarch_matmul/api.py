@@ -1,14 +1,17 @@
 """Monarch products: the public function, its derivative, its dispatch and its layout on a mesh."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, mesh
+from pallas_kernels.epilogue import finish
 from pallas_kernels.monarch_matmul import blockwise, gpu, tpu
 from pallas_kernels.monarch_matmul.checks import check
-from pallas_kernels.monarch_matmul.reference import finish, reference
+from pallas_kernels.monarch_matmul.reference import reference
+from pallas_kernels.monarch_matmul.split import Split, misfit, split_matmul
 
 
 def monarch_matmul(
@@ -20,6 +23,7 @@ def monarch_matmul(
     activation: str | None = None,
     precision: jax.lax.PrecisionLike = None,
     sharding: jax.sharding.NamedSharding | None = None,
+    outputs: str | tuple[str, ...] | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """activation(x W + bias) for the Monarch matrix W of two block-diagonal factors.
@@ -45,9 +49,12 @@ def monarch_matmul(
       activation: "gelu" (its tanh form), "relu", "silu" or None. Its derivative needs the product
         once more in the backward pass.
       precision: of the products, as for `jax.numpy.einsum`.
-      sharding: how x is laid out on a mesh, over leading axes alone, `NamedSharding(mesh, P(...,
-        None))`; each device then works on its rows with all the weights. Needed where the TPU
-        kernel runs on a mesh whose axes are of type Auto.
+      sharding: how x is laid out on a mesh, `NamedSharding(mesh, P(..., None))`; each device then
+        works on its rows with all the weights. Needed where the TPU kernel runs on a mesh whose
+        axes are of type Auto. Where the last entry names mesh axes, they split the features of x,
+        the blocks of right and the rows of left, and the parts of y are summed.
+      outputs: mesh axes that split the features of y, the blocks of right and the columns of left,
+        where x's features are whole; needs `sharding`. See `split`.
       implementation: None, by the platform for which the program is lowered; or "reference",
         "blockwise" (XLA operations; what GPUs get), "tpu", "gpu".
 
@@ -61,9 +68,49 @@ def monarch_matmul(
     check(x, right, left, bias, activation, implementation)
     if implementation == "reference":
         return reference(x, right, left, bias, activation, precision)
+    split = _split(x, right, left, sharding, outputs)
+    if split is not None:
+        run = _Run(implementation, precision)
+        y = split_matmul(split, run, precision, x, right, left)
+        wide = jnp.promote_types(y.dtype, jnp.float32)
+        return finish(y.astype(wide), bias, activation).astype(x.dtype)
     found = mesh.rows_layout("monarch_matmul", x, sharding)
     compute = functools.partial(_matmul, implementation, activation, precision)
     return mesh.over_rows(compute, found, x, right, left, bias)
+
+
+class _Run(NamedTuple):
+    """The whole product on the arrays of one device, by `_run`."""
+
+    implementation: str | None
+    precision: jax.lax.PrecisionLike
+
+    def __call__(self, direction, *arrays):
+        return _run(direction, self.implementation, None, self.precision, *arrays)
+
+
+def _split(x, right, left, sharding, outputs) -> Split | None:
+    """How features are split; None where they are whole.
+
+    Raises:
+      ValueError: both are split, `outputs` without a sharding, or sizes that do not divide.
+    """
+    inputs = None
+    if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) == x.ndim:
+        inputs = sharding.spec[-1]
+    if inputs is None and outputs is None:
+        return None
+    if sharding is None or (inputs is not None and outputs is not None):
+        raise ValueError(
+            "monarch_matmul: outputs must be None where sharding splits the features of x or is"
+            f" None; got {outputs!r} and {sharding}"
+        )
+    lead = (*sharding.spec, *(None,) * x.ndim)[: x.ndim - 1]
+    found = Split(sharding.mesh, lead, inputs, outputs)
+    reason = misfit(found, right, left)
+    if reason:
+        raise ValueError(f"monarch_matmul: {reason}")
+    return found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

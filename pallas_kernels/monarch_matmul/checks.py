@@ -1,6 +1,6 @@
 """Arguments of `monarch_matmul`: one line that names what is wrong and what is accepted."""
 
-from pallas_kernels.monarch_matmul.reference import ACTIVATIONS
+from pallas_kernels.epilogue import ACTIVATIONS
 
 IMPLEMENTATIONS = (None, "reference", "blockwise", "tpu", "gpu")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -39,9 +39,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import hopper, hopper_weights
+from pallas_kernels.epilogue import finish
 from pallas_kernels.hopper import Machine
 from pallas_kernels.monarch_matmul import gpu_product
-from pallas_kernels.monarch_matmul.reference import finish
 
 TILE = 2 * hopper.ROWS  # two warpgroups' turns of z, and of a gradient
 

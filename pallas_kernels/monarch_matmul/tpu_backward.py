@@ -12,11 +12,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.interleave import LANES, collect
+from pallas_kernels.interleave import LANES, WORDS, aligned, collect, pack, tile, unpack
 from pallas_kernels.monarch_matmul import tpu_weights
 from pallas_kernels.monarch_matmul.tpu_forward import (
-    WORDS,
-    aligned,
     compiler_params,
     cost,
     dot,
@@ -24,11 +22,8 @@ from pallas_kernels.monarch_matmul.tpu_forward import (
     first_product,
     join,
     over,
-    pack,
     put,
-    tile,
     tile_of,
-    unpack,
 )
 from pallas_kernels.monarch_matmul.tpu_plan import Plan
 

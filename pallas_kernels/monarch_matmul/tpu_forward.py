@@ -21,13 +21,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.interleave import LANES, exchange, spread
+from pallas_kernels.epilogue import finish
+from pallas_kernels.interleave import (
+    LANES,
+    WORDS,
+    aligned,
+    exchange,
+    pack,
+    spread,
+    tile,
+    unpack,
+)
 from pallas_kernels.monarch_matmul import tpu_weights
-from pallas_kernels.monarch_matmul.reference import finish
 from pallas_kernels.monarch_matmul.tpu_plan import VMEM_BYTES, Plan
 
-# Rows of words of one exchange: a register of each of its L tiles.
-WORDS = 8
 # Of a turn of a loop of products: 4,096 bundles on a v5e.
 TURN_FLOPS = 2**29
 
@@ -127,11 +134,6 @@ def exchange_all(words, plan: Plan):
                 words[place] = exchanged
 
 
-def tile(i):
-    """The lanes of a tile."""
-    return pl.ds(aligned(i * LANES), LANES)
-
-
 def put(words, lane, values, dtype):
     """Puts `values`, rounded to `dtype`, into `words` from this lane on."""
     values = pack(values.astype(dtype))
@@ -141,16 +143,6 @@ def put(words, lane, values, dtype):
 def join(tiles, dtype):
     """Neighbouring columns in `dtype` of tiles of words."""
     return unpack(jnp.concatenate(tiles, axis=1), dtype)
-
-
-def pack(values):
-    """Words of 32 bits of bfloat16 [2 n, ...]; float32 as it is."""
-    return pltpu.bitcast(values, jnp.int32) if values.dtype == jnp.bfloat16 else values
-
-
-def unpack(words, dtype):
-    """The inverse of `pack`."""
-    return pltpu.bitcast(words, dtype) if words.dtype == jnp.int32 else words
 
 
 def dot(a, b, precision, contract=((1,), (0,))):
@@ -184,11 +176,6 @@ def over(plan: Plan, blocks, depth, columns, product):
         return 0
 
     lax.fori_loop(0, blocks // turn * chunks, body, 0)
-
-
-def aligned(lane):
-    """For the compiler, where the lane is not known."""
-    return lane if isinstance(lane, int) else pl.multiple_of(lane, LANES)
 
 
 def tile_of(lane):
