@@ -1,5 +1,6 @@
 """What differs between JAX 0.10.2 and the newest release. No other file here asks for a version."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -58,3 +59,18 @@ def kernel_name(params: dict[str, Any]) -> str:
         return name
     info = params.get("name_and_src_info")
     return getattr(info, "name", None) or getattr(params["jaxpr"].debug_info, "func_name", "kernel")
+
+
+def on_device(device: jax.Device):
+    """A context in which Pallas lowers as on `device`, which need not be here.
+
+    Some lowerings ask which TPU it is: that of `//` of traced integers, and of kernels that ask
+    `pltpu.get_tpu_info`. Where this JAX cannot be told, they fail and say so.
+    """
+    try:
+        cores = getattr(device, "num_cores", None)
+        about = jax.sharding.AbstractDevice(device.device_kind, cores, device.platform)
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=about)
+        return jax.sharding.use_abstract_mesh(mesh)
+    except (AttributeError, TypeError):
+        return contextlib.nullcontext()

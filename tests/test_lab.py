@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 from pallas_kernels.lab import (
@@ -461,6 +462,25 @@ def test_program_of_another_process(op, monkeypatch):
     assert found.ok and [k.name for k in found.kernels] == ["polynomial.1"], found.reason
     with pytest.raises(ValueError, match="does not pickle"):
         tpu.compile_tpu(lambda x: x, cases[0].args, "v5e")
+
+
+def test_a_kernel_that_asks_which_tpu_it_is_lowers_without_one():
+    """Pallas itself asks for `//` of traced integers; jax 0.10.2 finds the CPU that is here."""
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...] * (pl.program_id(0) // 3)
+
+    def double(x):
+        return pl.pallas_call(kernel, grid=(4,), out_shape=x)(x)
+
+    class Device:
+        device_kind, platform, num_cores = "TPU v6 lite", "tpu", 1
+
+    with compat.on_device(Device()):
+        lowered = (
+            jax.jit(double).trace(np.zeros((8, 128), np.int32)).lower(lowering_platforms=("tpu",))
+        )
+    assert "tpu_custom_call" in lowered.as_text()
 
 
 @pytest.mark.parametrize(

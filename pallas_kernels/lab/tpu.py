@@ -111,7 +111,7 @@ def _compile(fn, args, target: str, from_vectors: int | None) -> Report:
     import jax
     from jax.experimental import topologies
 
-    from pallas_kernels.compat import pallas_calls
+    from pallas_kernels.compat import on_device, pallas_calls
     from pallas_kernels.lab.follow import follow
 
     _clear(_dumps)
@@ -122,9 +122,10 @@ def _compile(fn, args, target: str, from_vectors: int | None) -> Report:
     )
     stage = "trace"
     try:
-        traced = jax.jit(lambda *a: fn(*a)).trace(*placed)
-        stage = "lower"
-        lowered = traced.lower(lowering_platforms=("tpu",))
+        with on_device(devices[0]):
+            traced = jax.jit(lambda *a: fn(*a)).trace(*placed)
+            stage = "lower"
+            lowered = traced.lower(lowering_platforms=("tpu",))
         stage = "compile"
         compiled, hlo = _text(lowered)
         calls = list(pallas_calls(traced.jaxpr))
@@ -137,7 +138,7 @@ def _compile(fn, args, target: str, from_vectors: int | None) -> Report:
         _clear(_dumps)
 
 
-# jaxlib 0.10.2 cannot print the asynchronous gathers and scatters that libtpu 0.0.51 gives to the
+# jaxlib 0.10.2 cannot print the asynchronous gathers and scatters that libtpu may give to the
 # SparseCore; they are no part of a Pallas kernel on the TensorCore.
 _PRINTABLE = {
     "xla_tpu_enable_offloading_gather_to_sparsecore": "false",
@@ -165,7 +166,7 @@ def _clear(folder: Path) -> None:
 
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = ", re.MULTILINE)
-# Scoped VMEM of a kernel that asks for no other limit: what libtpu 0.0.51 refuses beyond.
+# Scoped VMEM of a kernel that asks for no other limit: what libtpu 0.0.52 refuses beyond.
 _DEFAULT_VMEM = {"v5e": 16 * 2**20, "v5p": 16 * 2**20, "v6e": 32 * 2**20}
 _USED = re.compile(r'"used_scoped_memory_configs":\[([^\]]*)\]')
 _ASKED = re.compile(r'"scoped_memory_configs":\[([^\]]*)\]')
