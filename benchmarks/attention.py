@@ -3,7 +3,8 @@
     python -m benchmarks.attention [--quick] [--only causal_4k_h128,...] [--json PATH]
 
 First every kernel's result and gradients are compared with float32 attention on the same device:
-the error may be twice that of bfloat16 attention by XLA, plus the last bits of float32. Then, shape
+the error may be twice that of bfloat16 attention by XLA, plus the last bits of float32. And five
+calls on the same arrays have to give the same bits: no gradient is added up by atomics. Then, shape
 by shape, all implementations take turns in one process, so that what else happens to the machine
 meets all of them; a figure is the median over rounds. Times are of calls queued behind each other,
 so the dispatch is hidden. Backward is forward and backward less forward. FLOPs: 4 B N T S H
@@ -142,6 +143,25 @@ def check(shape: Shape, implementation: str) -> dict[str, Any]:
     return gpu.check(shape.name, right, near, lambda: of_jax(shape, implementation)[1](*arrays))
 
 
+def check_repeats(shape: Shape, implementation: str, calls: int = 5) -> dict[str, Any]:
+    """Whether result and gradients are the same bits in every call on the same arrays."""
+    arrays = draw(shape, seed=2)
+    try:
+        step = of_jax(shape, implementation)[1]
+        found = [[np.asarray(x).tobytes() for x in step(*arrays)] for _ in range(calls)]
+    except Exception as error:  # the other shapes are still worth a check
+        return {"case": shape.name, "differ": [], "passed": False, "reason": gpu.reason(error)}
+    names = ("out", "dq", "dk", "dv")
+    differ = [name for name, *each in zip(names, *found, strict=True) if len(set(each)) > 1]
+    return {"case": shape.name, "calls": calls, "differ": differ, "passed": not differ}
+
+
+def say_repeats(verdict: dict[str, Any]):
+    found = verdict.get("reason") or ", ".join(verdict["differ"]) or "none"
+    passed = "passed" if verdict["passed"] else "FAILED"
+    print(f"repeat {verdict['case']:31}{passed}  arrays whose bits differ: {found}", flush=True)
+
+
 def check_shapes() -> list[Shape]:
     return [
         Shape(f"{'causal' if causal else 'full'}_{T}_h{H}_k{K}", 1, T, 4, K, H, causal)
@@ -218,18 +238,20 @@ def main(argv: list[str] | None = None) -> int:
     implementations = ["gpu", "cudnn", "xla"]
     if importlib.util.find_spec("torch") is not None:
         implementations.insert(2, "torch")
-    checks = []
+    checks, repeats = [], []
     for shape in check_shapes():
         checks.append(check(shape, "gpu"))
         gpu.say(checks[-1], "out, dq, dk, dv")
+        repeats.append(check_repeats(shape, "gpu"))
+        say_repeats(repeats[-1])
     print(f"{'case':24}{'by':12}{'forward':>13}{'TFLOP/s':>8}{'backward':>10}{'roofline':>10}")
     rows = []
     for shape in chosen:
         for row in measure(shape, implementations, args.rounds, budget=0.02):
             rows.append(row)
             print(line(row), flush=True)
-    gpu.write(args.json, device, checks=checks, rows=rows)
-    return 0 if all(c["passed"] for c in checks) else 1
+    gpu.write(args.json, device, checks=checks, repeats=repeats, rows=rows)
+    return 0 if all(c["passed"] for c in checks + repeats) else 1
 
 
 if __name__ == "__main__":

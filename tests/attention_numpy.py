@@ -1,5 +1,6 @@
 """Attention and its derivatives in NumPy, head by head, written out from the definition."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -112,3 +113,34 @@ def check(found, expected, naive, dtype, what=""):
         allowed = 2 * np.abs(near - right).max(initial=0)
         allowed += bits * max(np.abs(right).max(initial=0), 1)
         assert error <= allowed, f"{what} {name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_learned_sinks(mask, sizes, dtype):
+    """The public function with a learned logit a head, all outputs and gradients.
+
+    Args:
+      sizes: B, T, S, N, K, H.
+    """
+    from pallas_kernels.attention import attention as public
+
+    B, T, S, N, K, H = sizes
+    rng = np.random.default_rng(0)
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H)
+    q, k, v, dout = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    dlse = jnp.asarray(rng.normal(size=(B, N, T)), jnp.float32)
+    sinks = jnp.asarray(np.linspace(-1, 4, N), jnp.float32)
+
+    def attend(q, k, v, sinks):
+        return public(q, k, v, sinks=sinks, mask=mask, return_lse=True)
+
+    (out, lse), pull = jax.vjp(attend, q, k, v, sinks)
+    dq, dk, dv, dsinks = pull((dout, dlse))
+    found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dsinks": dsinks}
+    n, t, s = np.arange(N)[:, None, None], np.arange(T)[:, None], np.arange(S)
+    seen = np.broadcast_to(mask.element(n, t, s), (B, N, T, S))
+    given = [np.asarray(x) for x in (q, k, v, dout, dlse)]
+    right, naive = (
+        attention(*given, seen=seen, scale=H**-0.5, sinks=np.asarray(sinks), arithmetic=math)
+        for math in (Exact(), Naive(dtype))
+    )
+    check(found, right, naive, dtype)

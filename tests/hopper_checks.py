@@ -1,10 +1,9 @@
 """What tests of Hopper kernels share: the interpreter, the compiler, errors against roundings."""
 
-import json
 import os
 import re
-import subprocess
-from pathlib import Path
+from collections.abc import Sequence
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.hopper import Machine
-from pallas_kernels.lab.gpu import INSTALL, SHARED_LIMIT, compile_gpu, interpreter
+from pallas_kernels.lab import ops
+from pallas_kernels.lab.gpu import INSTALL, SHARED_LIMIT, interpreter
+from pallas_kernels.lab.worker import Job, Workers
 
 
 def machine() -> Machine:
@@ -56,37 +57,27 @@ def lowered_kernels(prefix: str, fn, *args) -> set[str]:
     return set(re.findall(rf"({prefix}_\w+)_mosaic_gpu", text))
 
 
-def print_reports(fn, args):
-    """ptxas' report of each kernel of fn(*args); run by the interpreter that has jax[cuda13]."""
-    report = compile_gpu(fn, args)
-    assert report.ok, report.reason
-    for kernel in report.kernels:
-        print(json.dumps([kernel.name, kernel.spill_stores, kernel.shared_bytes]))
+def compiles_without_spills(op: str, name: str, names: set[str], roles: Sequence[str] = ()):
+    """Compiles a case of the laboratory where jax[cuda13] is; skipped where it is nowhere.
 
-
-def compiles_without_spills(call: str, names: set[str]):
-    """Runs `call` of `print_reports` where jax[cuda13] is; skipped where it is nowhere.
+    That interpreter runs the laboratory's worker, and needs none of what tests need.
 
     Args:
-      call: "module.function(arguments)" of the tests.
+      name: of the case. roles: of it; () for all.
       names: the kernels there have to be.
     """
-    python = interpreter()
-    if python is None:
+    if interpreter() is None:
         pytest.skip(INSTALL)  # 4.5 GB, which `make lab-gpu` installs and CI does not
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [python, "-c", f"import {call.partition('.')[0]}; {call}"],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
-            "JAX_PLATFORMS": "cpu",
-        },
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert {kernel for kernel, _, _ in kernels} == names
-    for kernel, spills, shared in kernels:
-        assert spills == 0, f"{kernel} puts {spills} bytes of registers out"
-        assert shared <= SHARED_LIMIT
+    found = ops.find(op)
+    (case,) = (case for case in ops.load(found) if case.name == name)
+    with mock.patch.dict(os.environ, {"XLA_FLAGS": ""}), Workers() as workers:
+        rows = [
+            row
+            for role in roles or case.kernels
+            for row in workers.run(Job(op, str(found.folder), name, role, "h200"))
+        ]
+    assert not any(row.reason for row in rows), rows
+    assert {row.kernel for row in rows} == names
+    for row in rows:
+        assert row.spills == row.fills == 0, f"{row.kernel} puts {row.spills} bytes out"
+        assert 0 < row.memory_bytes <= row.memory_limit == SHARED_LIMIT

@@ -1,13 +1,14 @@
 """Attention against float64 NumPy: reference, blockwise, every option, every gradient."""
 
 import functools
+from typing import Any, NamedTuple
 
 import attention_numpy
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.attention import (
@@ -147,6 +148,17 @@ def test_every_option_and_gradient(name):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_learned_sinks_of_narrow_inputs(dtype, implementation):
+    arrays, options = make(*SHAPE, dtype), OPTIONS["learned sinks"]
+    found = call(arrays, implementation, **options)
+    right, naive = (
+        expectation(arrays, math, **options) for math in (None, attention_numpy.Naive(dtype))
+    )
+    attention_numpy.check(found, right, naive, np.dtype(dtype), implementation)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 def test_float64_is_computed_in_float64(implementation):
     with jax.enable_x64(True):
         arrays = [jnp.asarray(x, jnp.float64) for x in make(1, 20, 30, 2, 1, 8)]
@@ -158,17 +170,41 @@ def test_float64_is_computed_in_float64(implementation):
             np.testing.assert_allclose(value, expected[name], rtol=1e-11, atol=1e-12, err_msg=name)
 
 
+class Drawn(NamedTuple):
+    """A call of attention: sizes (B, T, S, N, K, H), its static options, and which arrays it has.
+
+    block: sides of the blocks, or None for those of the implementation.
+    """
+
+    sizes: tuple
+    dtype: Any
+    mask: masks.Mask
+    softcap: float | None
+    rate: float
+    arrays: tuple[str, ...]
+    block: tuple[int, int] | None
+    platform: str
+
+
 @st.composite
-def cases(draw):
-    """Shapes with heads in groups, a mask, options, and blocks smaller than the lengths."""
+def calls(draw):
+    """Heads in groups, masks of every kind, all options, blocks smaller than the lengths."""
     K = draw(st.sampled_from([1, 2]))
     N = K * draw(st.sampled_from([1, 2, 3]))
     T, S, H = draw(st.integers(1, 50)), draw(st.integers(1, 50)), draw(st.sampled_from([4, 8, 20]))
+
+    def pattern(rows, columns, heads, seed):
+        shape = heads, -(-T // rows), -(-S // columns)
+        live = np.random.default_rng(seed).random(shape) < 0.6
+        return BlockPattern(live, (rows, columns))
+
+    sides = st.sampled_from([3, 8, 16])
     leaf = st.one_of(
         st.integers(-20, 40).map(Causal),
         st.builds(Window, st.integers(1, 30), st.integers(0, 9), st.integers(-9, 20)),
         st.integers(1, 30).map(Prefix),
         st.builds(Stride, st.integers(1, 4), st.integers(0, 3), st.sampled_from([1, 8])),
+        st.builds(pattern, sides, sides, st.sampled_from([1, N]), st.integers(0, 99)),
         st.just(Full()),
     )
     mask = draw(st.one_of(leaf, st.tuples(leaf, leaf).map(lambda x: x[0] & x[1])))
@@ -176,57 +212,79 @@ def cases(draw):
     if draw(st.booleans()):
         mask = Heads([mask, draw(leaf)] * N)  # too many: cut to N below
         mask = Heads(mask.masks[:N])
-    dtype = draw(st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]))
-    static = Settings(
-        mask=mask, scale=H**-0.5, softcap=draw(st.sampled_from([None, None, 1.0])),
-        dropout_rate=draw(st.sampled_from([0.0, 0.0, 0.4])), alibi_offset=S - T,
-        block_q=draw(st.sampled_from([8, 16])), block_kv=draw(st.sampled_from([8, 24])),
-    )  # fmt: skip
-    sizes = draw(st.integers(1, 2)), T, S, N, K, H
-    bias, alibi, ids = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
-    return sizes, dtype, static, bias, alibi, ids, draw(st.sampled_from(["cpu", "accelerator"]))
+    names = ("bias", "alibi", "ids", "sinks")
+    return Drawn(
+        (draw(st.integers(1, 2)), T, S, N, K, H),
+        draw(st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16])),
+        mask,
+        draw(st.sampled_from([None, None, 1.0])),
+        draw(st.sampled_from([0.0, 0.0, 0.4])),
+        tuple(name for name in names if draw(st.booleans())),
+        draw(st.sampled_from([None, (8, 8), (8, 24), (16, 8)])),
+        draw(st.sampled_from(["cpu", "accelerator"])),
+    )
 
 
-@pytest.mark.slow
-@given(cases())
-@settings(
-    max_examples=10,
+BY_BLOCK = BlockPattern(np.random.default_rng(2).random((2, 3, 4)) < 0.6, (8, 8))
+QUICK = settings(
+    max_examples=4,
     deadline=None,
     derandomize=True,
     phases=(Phase.explicit, Phase.generate),  # each try compiles: to shrink takes minutes
     suppress_health_check=list(HealthCheck),
 )
-def test_blockwise_errs_no_more_than_twice_naive_attention(case):
-    sizes, dtype, static, bias, alibi, ids, platform = case
-    B, T, S, N, _, _ = sizes
-    arrays = make(*sizes, dtype)
+
+
+@QUICK
+@given(calls())
+@example(
+    Drawn(
+        (2, 24, 30, 2, 1, 8), jnp.bfloat16, BY_BLOCK & Causal(5), 2.0, 0.4,
+        ("bias", "alibi", "ids", "sinks"), (16, 16), "cpu",
+    )
+)  # fmt: skip
+def test_attention_errs_no_more_than_twice_naive_attention(drawn):
+    errs_no_more_than_twice_naive_attention(drawn)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=40)
+@given(calls())
+def test_attention_errs_no_more_than_twice_naive_attention_at_length(drawn):
+    errs_no_more_than_twice_naive_attention(drawn)
+
+
+def errs_no_more_than_twice_naive_attention(drawn):
+    B, T, S, N, _, _ = drawn.sizes
+    arrays = make(*drawn.sizes, drawn.dtype)
     random = np.random.default_rng(5)
-    options = {"mask": static.mask, "softcap": static.softcap, "rate": static.dropout_rate}
-    if bias:
+    options = {"mask": drawn.mask, "softcap": drawn.softcap, "rate": drawn.rate}
+    if "bias" in drawn.arrays:
         shape = [size if random.random() < 0.6 else 1 for size in (B, N, T)]
         options["bias"] = jnp.asarray(random.standard_normal((*shape, S)), jnp.float32)
-    if alibi:
+    if "alibi" in drawn.arrays:
         options["alibi"] = jnp.asarray(random.random(N), jnp.float32)
-    if ids:
+    if "sinks" in drawn.arrays:
+        options["sinks"] = jnp.asarray(random.standard_normal(N), jnp.float32)
+    if "ids" in drawn.arrays:
         options["ids"] = segments(B, T, 1), segments(B, S, 2)
-    seeds = dropout.seeds(KEY, B, N) if static.dropout_rate else None
-    inputs = *arrays[:3], options.get("bias"), options.get("alibi"), options.get("ids"), seeds
+    lse = expectation(arrays, **options)["lse"]
+    arrays[4] = jnp.where(np.isinf(lse), 0, arrays[4])
+    with pytest.MonkeyPatch.context() as patch:
+        if drawn.block is not None:
+            patch.setattr(dispatch, "run", functools.partial(run_blocks, drawn))
+        found = call(arrays, "blockwise", **options)
+    right, naive = (
+        reduce_bias(expectation(arrays, math, **options), found)
+        for math in (None, attention_numpy.Naive(drawn.dtype))
+    )
+    attention_numpy.check(found, right, naive, np.dtype(drawn.dtype), str(drawn))
 
-    @jax.jit
-    def run(inputs, dout, dlse):
-        out, lse = blockwise.forward(*inputs, static, platform)
-        dlse = jnp.where(jnp.isinf(lse), 0, dlse)
-        return out, lse, dlse, *blockwise.backward(*inputs, out, lse, dout, dlse, static, platform)
 
-    out, lse, arrays[4], dq, dk, dv, dbias = run(inputs, *arrays[3:])
-    found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    if bias:
-        assert dbias.shape == options["bias"].shape
-        found["dbias"] = dbias
-    naive = expectation(arrays, attention_numpy.Naive(dtype), **options)
-    expected = expectation(arrays, **options)
-    expected, naive = reduce_bias(expected, found), reduce_bias(naive, found)
-    attention_numpy.check(found, expected, naive, np.dtype(dtype), str(case))
+def run_blocks(drawn, direction, implementation, static, *arrays):
+    """`dispatch.run` of blockwise, with blocks and a platform which the public function chooses."""
+    static = static._replace(block_q=drawn.block[0], block_kv=drawn.block[1])
+    return getattr(blockwise, direction)(*arrays, static, platform=drawn.platform)
 
 
 def test_only_live_blocks_are_visited_and_short_sequences_have_no_loop():
@@ -240,6 +298,19 @@ def test_only_live_blocks_are_visited_and_short_sequences_have_no_loop():
     assert "scan" in str(jaxpr(long, long, long))
     lowered = jax.jit(attention).lower(short, short, short).as_text()
     assert "stablehlo.while" not in lowered
+
+
+@pytest.mark.parametrize(("T", "S"), [(130, 130), (64, 1300)], ids=["written out", "loop"])
+def test_repeatable_to_the_bit(T, S):
+    """Gradients add up over blocks in one order, whatever runs beside."""
+    arrays = make(2, T, S, 4, 2, 8, jnp.bfloat16)
+    options = {"mask": Causal(S - T), "bias": jnp.ones((1, 4, 1, S)), "rate": 0.2}
+    first, second = (call(arrays, "blockwise", **options) for _ in range(2))
+    for name, value in first.items():
+        assert jnp.abs(value).max() > 0
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+    lowered = jax.jit(functools.partial(attention, mask=options["mask"])).lower(*arrays[:3])
+    assert ("stablehlo.while" in lowered.as_text()) == (T != S)
 
 
 def test_memory_is_linear_in_length():
@@ -402,16 +473,26 @@ zeros = jnp.zeros
         (bad(mask=Heads([Full()])), "1 masks for 4 query heads"),
         (bad(segment_ids=zeros((2, 15), int)), r"segment_ids must be integers \(\[2, 16\]"),
         (bad(segment_ids=zeros((2, 16))), "segment_ids must be integers .* float32"),
-        (bad(bias=zeros((4, 16, 16))), r"bias must be \[2 or 1, 4 or 1, 16 or 1, 16\]"),
+        (bad(bias=zeros((4, 16, 16))), r"bias must be an array \[2 or 1, 4 or 1, 16 or 1, 16\]"),
+        (bad(bias=[[[[0.0] * 16]]]), r"bias must be an array \[2 or 1, .* got list"),
+        (bad(bias=0.0), r"bias must be an array .* got float"),
         (bad(bias=zeros((2, 4, 16, 1))), r"bias must be .* got \[2, 4, 16, 1\]"),
         (bad(bias=zeros((1, 1, 16, 16), bool)), "bias must be of a floating dtype"),
-        (bad(alibi=zeros(3)), r"alibi must be \[4\], one a query head"),
-        (bad(sinks=zeros((4, 1))), r"sinks must be \[4\]"),
+        (bad(alibi=zeros(3)), r"alibi must be an array \[4\], one a query head"),
+        (bad(alibi=[0.5] * 4), r"alibi must be an array \[4\], one a query head; got list"),
+        (bad(sinks=zeros((4, 1))), r"sinks must be an array \[4\].* got \[4, 1\]"),
+        (bad(sinks=[0.5] * 4), r"sinks must be an array \[4\], one a query head; got list"),
         (bad(softcap=0.0), "softcap must be a positive Python number"),
         (bad(scale=zeros(())), "scale must be a Python number"),
         (bad(alibi_offset=0.5), "alibi_offset must be an integer"),
         (bad(dropout_rate=1.0), "dropout_rate must be a Python number from 0 to below 1"),
-        (bad(dropout_rate=0.5), "dropout_key must be a jax.random key"),
+        (bad(dropout_rate=0.5), "dropout_key must be a jax.random key .* got NoneType"),
+        (bad(dropout_rate=0.5, dropout_key=0), "dropout_key must be a jax.random key .* got 0"),
+        (bad(dropout_rate=0.5, dropout_key=zeros(2)), r"dropout_key must be a jax.random .* \[2\]"),
+        (
+            bad(dropout_rate=0.5, dropout_key=jax.random.split(KEY)),
+            r"dropout_key must be a jax.random key .* got \[2\]",
+        ),
         (bad(implementation="triton"), "implementation must be one of None, 'reference'"),
         (bad(sharding="data"), "sharding must be NamedSharding"),
     ],
@@ -420,6 +501,37 @@ def test_bad_input_is_named_with_what_is_accepted(arguments, words):
     with pytest.raises(ValueError, match=words) as error:
         attention(**arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 20), (2, 2, 20, 20)])
+def test_a_row_hidden_by_an_infinite_bias_gives_zeros(implementation, shape):
+    """As padding does that hides a whole sequence: no NaN, nothing seen, exactly no gradient."""
+    arrays = make(2, 20, 20, 2, 1, 8)
+    bias = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    bias[0] = -np.inf
+    bias[1, ..., 5:9] = -np.inf
+    options = {"bias": jnp.asarray(bias), "mask": Causal()}
+    arrays[4] = arrays[4].at[0].set(0)  # of a log-sum-exp that is -inf
+    found = call(arrays, implementation, **options)
+    assert (found["lse"][0] == -jnp.inf).all() and jnp.isfinite(found["lse"][1]).all()
+    for name in ("out", "dq", "dk", "dv", "dbias"):
+        assert (found[name][0] == 0).all() and jnp.isfinite(found[name]).all(), name
+        assert jnp.abs(found[name][1]).max() > 0, name
+    right, naive = (
+        reduce_bias(expectation(arrays, math, **options), found)
+        for math in (None, attention_numpy.Naive(np.float32))
+    )
+    attention_numpy.check(found, right, naive, np.float32, implementation)
+
+
+def test_dropout_takes_keys_of_both_kinds():
+    q, k, v = make(1, 8, 8, 2, 2, 8)[:3]
+    new, old = (
+        attention(q, k, v, dropout_rate=0.5, dropout_key=key)
+        for key in (jax.random.key(3), jax.random.PRNGKey(3))
+    )
+    np.testing.assert_array_equal(new, old)
 
 
 def test_extreme_scores_overflow_nothing():

@@ -123,6 +123,46 @@ def test_schedule_visits_what_is_seen_once(case, transpose):
         np.testing.assert_array_equal(pairs[:, 3], np.diff(outer, append=-1) != 0)
 
 
+@given(cases(), st.sampled_from([3, 5, 8, 64]))
+@settings(max_examples=200, deadline=None)
+def test_kinds_of_blocks_are_the_mask_however_few_there_may_be(case, most):
+    mask, T, S, block_q, block_kv = case
+    found = schedule.numbered(mask, HEADS, T, S, block_q, block_kv, most)
+    assert len(found.masks) <= most and found.masks[:2] == (Empty(), Full())
+    right = dense(mask, HEADS, T, S)
+    for n in range(HEADS):
+        kinds = found.tables[found.table[n]]
+        for i, j in np.ndindex(kinds.shape):
+            t, s = np.ogrid[: min(block_q, T - i * block_q), :block_kv]
+            t, s = t + i * block_q, s + j * block_kv
+            # The head as a kernel has it, an array.
+            seen = found.masks[kinds[i, j]].element(np.array(n), t, s)
+            seen = np.broadcast_to(seen, (len(t), block_kv))
+            inside = S - j * block_kv
+            np.testing.assert_array_equal(
+                seen[:, :inside], right[n][t[0, 0] : t[-1, 0] + 1, s[0, 0] : s[0, -1] + 1]
+            )
+            assert not seen[:, inside:].any(), "keys beyond S are seen"
+
+
+def test_heads_of_one_rule_are_one_mask_with_numbers_of_the_head():
+    """A kernel's head is a traced integer: it must not cost a mask for each head."""
+    import jax
+
+    mask = patterns.s2_attention(16, stride=8, block=48)
+    jaxpr = jax.make_jaxpr(mask.element)(
+        np.int32(0), np.zeros((64, 1), int), np.zeros((1, 64), int)
+    )
+    wide = [x for x in jaxpr.eqns if any(64 in out.aval.shape for out in x.outvars)]
+    one = jax.make_jaxpr(mask.head(1).element)(0, np.zeros((64, 1), int), np.zeros((1, 64), int))
+    few = [x for x in one.eqns if any(64 in out.aval.shape for out in x.outvars)]
+    assert len(wide) <= len(few) + 8
+    for alike in (mask, Heads([Window(3 + n, 2 * n, n - 8) | Sinks(n + 1) for n in range(16)])):
+        np.testing.assert_array_equal(arrays(alike, 16, 40, 700), dense(alike, 16, 40, 700))
+    found = schedule.numbered(mask, 16, 2048, 2048, 512, 512, 8)
+    assert 2 < len(found.masks) <= 8 and any(mask.names_heads() for mask in found.masks)
+
+
 @given(cases())
 @settings(max_examples=100, deadline=None)
 def test_printed_masks_can_be_pasted_and_are_equal(case):
@@ -143,6 +183,17 @@ def test_jax_numpy_and_integers_agree(case):
     grid = [jnp.asarray(axis) for axis in np.ogrid[:HEADS, :T, :S]]
     found = np.broadcast_to(np.asarray(mask.element(*grid)), (HEADS, T, S))
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 24])
+def test_traced_blocks_below_zero_are_those_of_python(n):
+    import jax.numpy as jnp
+
+    mask, t = Stride(5, shift=-7, block=n), np.arange(-60, 60)
+    for each in (mask, Window(2, 1, offset=-70, block=n)):
+        found = each.element(0, jnp.asarray(t)[:, None], jnp.arange(90))
+        right = [[bool(each.element(0, int(row), s)) for s in range(90)] for row in t]
+        np.testing.assert_array_equal(np.broadcast_to(found, (120, 90)), right)
 
 
 def test_definitions():

@@ -6,6 +6,7 @@ against NumPy in float64. The compiler is the real one; it needs libtpu and no T
 
 import functools
 import os
+import re
 
 import attention_numpy
 import jax
@@ -13,14 +14,44 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.attention import cases, dropout, masks, tpu, tpu_plan
-from pallas_kernels.attention.masks import BlockPattern, Causal, Empty, Full, Heads, Sinks, Window
+from pallas_kernels.attention import (
+    attention,
+    cases,
+    dispatch,
+    dropout,
+    masks,
+    patterns,
+    tpu,
+    tpu_plan,
+    tpu_scores,
+)
+from pallas_kernels.attention.masks import (
+    BlockPattern,
+    Causal,
+    Empty,
+    Full,
+    Heads,
+    Prefix,
+    Sinks,
+    Stride,
+    Window,
+)
 from pallas_kernels.attention.settings import Settings
 
 LAMBDA = Causal() & (Window(100, None) | Sinks(4))
 FOUR = Heads([Causal(), Causal() & Window(64), Full(), Empty()])
 PATTERN = BlockPattern(np.array([[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]]), 128)
+BY_HEAD = BlockPattern(np.random.default_rng(1).integers(0, 2, (2, 4, 4)), 128)
+S2 = patterns.s2_attention(4, stride=4, local_blocks=1)
+# Blocks that lie across the kernels' own: more partial kinds than the kernels have code for.
+S2_FINE = patterns.s2_attention(4, stride=4, block=48, local_blocks=2, dense_heads=1)
+WINDOWS = Heads([Window(30 + 40 * n) | Sinks(n + 1) for n in range(4)])
+MANY = Heads(
+    [Window(20) | Stride(3), Causal() & (Window(50) | Stride(5, 1, 24)), Causal(9), Full()]
+)
 
 
 # ---- what is visited
@@ -29,7 +60,16 @@ PATTERN = BlockPattern(np.array([[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0], [0, 1
 @pytest.mark.parametrize("group", [0, 2])
 @pytest.mark.parametrize(
     ("mask", "T", "S"),
-    [(Causal(40), 300, 500), (LAMBDA, 640, 640), (FOUR, 384, 384), (PATTERN, 512, 512)],
+    [
+        (Causal(40), 300, 500),
+        (LAMBDA, 640, 640),
+        (FOUR, 384, 384),
+        (PATTERN, 512, 512),
+        (S2, 640, 640),
+        (S2_FINE, 520, 600),
+        (WINDOWS, 384, 384),
+        (MANY & (Causal(60) | Prefix(200)), 384, 420),
+    ],
 )
 def test_plan_covers_the_mask(mask, T, S, group):
     """The pieces visited, with the masks that remain in them, are the mask: no more, no less."""
@@ -53,10 +93,10 @@ def test_plan_covers_the_mask(mask, T, S, group):
             rows = q * tile.block_q + np.arange(tile.block_q)[:, None]
             columns = kv * tile.block_kv + piece * tile.piece + np.arange(tile.piece)[None]
             seen[n][rows, columns] += np.broadcast_to(
-                plan.masks[kind].element(0, rows, columns), (tile.block_q, tile.piece)
+                plan.masks[kind].element(n, rows, columns), (tile.block_q, tile.piece)
             )
     for n in heads:
-        right = np.broadcast_to(mask.element(n, t, s), (T, S))
+        right = np.broadcast_to(mask.head(n).element(n, t, s), (T, S))
         np.testing.assert_array_equal(seen[n][:T, :S], right)
         assert not seen[n][:T, S:].any(), "keys beyond S are visited"
     starts = [p for p in range(len(owners)) if p == 0 or owners[p] != owners[p - 1]]
@@ -97,11 +137,39 @@ def test_corners_are_what_a_mask_leaves_of_quarters():
     assert causal.complete and set(causal.regions) == rows and len(causal.regions) == 5
 
 
-def test_empty_blocks_cost_nothing():
-    tile = tpu_plan.tiling(Settings(), 8192, 8192, 512, 2048)
-    full, window = (tpu_plan.plan(m, 1, 8192, 8192, tile) for m in (Full(), Window(512)))
-    assert len(full.index) == 64
-    assert len(window.index) <= 16 + 4
+@pytest.mark.parametrize("by_keys", [False, True])
+@pytest.mark.parametrize(
+    ("mask", "live"),
+    [
+        (Full(), 64),
+        (Causal(), 36),
+        (Window(512), 15),
+        (Causal() & (Window(512) | Sinks(4)), 21),
+        # Pieces of 128 keys: each tile's own 4, and of 8 tiles' far blocks every eighth.
+        (patterns.s2_attention(2, stride=8, local_blocks=1), [8 * 4 + 16, 8 * 4 + 12]),
+        (patterns.strided_blocks(512, 8, 256), 38),
+        (BlockPattern(np.eye(32, dtype=int), 128), 32),
+    ],
+)
+def test_products_are_those_of_pieces_in_which_something_is_seen(mask, live, by_keys):
+    """Counted by piece of 512 keys or fewer, of which a step of the grid has up to four."""
+    T, heads = 4096, 2
+    tile = tpu_plan.tiling(Settings(mask=mask), T, T, 512, 1024 if by_keys else 2048)
+    plan = tpu_plan.plan(mask, heads, T, T, tile, by_keys and 1)
+    kinds = tpu_plan.pieces_of(plan.state, tile)
+    assert kinds.any(1).all(), "a step has a product"
+    found = np.zeros(heads, int)
+    for n in range(heads):
+        found[n] = (kinds[slice(None) if plan.head is None else plan.head == n] > 0).sum()
+        t, s = np.arange(T)[:, None], np.arange(T)
+        seen = np.broadcast_to(mask.head(n).element(n, t, s), (T, T))
+        sides = T // tile.block_q, tile.block_q, T // tile.piece, tile.piece
+        assert found[n] == seen.reshape(sides).any((1, 3)).sum()
+    assert (found == live).all()
+    # A step in straight code multiplies its live pieces and nothing else.
+    for region in plan.regions:
+        keys = sum(size for _, size, _ in tpu_scores.runs(region, plan, tile))
+        assert keys == tile.piece * np.count_nonzero(region)
 
 
 @pytest.mark.parametrize(
@@ -146,13 +214,17 @@ def _inputs(B, T, S, N, K, H, dtype, segments, bias, alibi, rate, steep):
     return (q, k, v, bias, slopes, ids, seeds), dout, dlse
 
 
-def _run(given, dout, dlse, settings):
-    interpret = pltpu.InterpretParams(
+def _interpreter():
+    return pltpu.InterpretParams(
         detect_races=True,
         uninitialized_memory="nan",
         out_of_bounds_reads="raise",
         dma_execution_mode="on_wait",
     )
+
+
+def _run(given, dout, dlse, settings):
+    interpret = _interpreter()
     out, lse = tpu.forward(*given, settings, interpret=interpret)
     _no_races()
     dq, dk, dv, dbias = tpu.backward(*given, out, lse, dout, dlse, settings, interpret=interpret)
@@ -237,11 +309,12 @@ SLOW = {
     "prefix": {"mask": Causal() | masks.Prefix(70), "T": 300},
     "heads": {"mask": FOUR, "T": 384, "N": 4, "K": 2},
     "pattern": {"mask": PATTERN, "T": 512, "block_kv": 512},
-    "pattern_heads": {
-        "mask": BlockPattern(np.random.default_rng(1).integers(0, 2, (2, 4, 4)), 128) & Causal(),
-        "T": 512,
-        "block_kv": 512,
-    },
+    "pattern_heads": {"mask": BY_HEAD & Causal(), "T": 512, "block_kv": 512},
+    "s2": {"mask": S2, "T": 512, "N": 4, "K": 2, "block_kv": None},
+    "s2_segments": {"mask": S2, "T": 512, "N": 4, "block_kv": None, "segments": True},
+    "s2_fine_ragged": {"mask": S2_FINE, "T": 300, "N": 4, "K": 2},
+    "windows": {"mask": WINDOWS, "N": 4},
+    "many_kinds": {"mask": MANY & (Causal(60) | Prefix(200)), "N": 4},
     "bias": {"bias": (2, 1, 200, 300), "T": 200, "S": 300, "B": 2, "mask": Causal()},
     "alibi": {"alibi": True, "mask": Causal(56), "T": 200, "S": 256},
     "segments": {"segments": True, "mask": Causal(), "T": 512, "B": 2, "block_kv": 512},
@@ -277,6 +350,54 @@ def test_numbers(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_learned_sinks(dtype, monkeypatch):
+    """By the public function, the kernels under it; the first queries see the sink alone."""
+
+    def run(direction, _, settings, *arrays):
+        settings = settings._replace(block_q=128, block_kv=256)
+        found = getattr(tpu, direction)(*arrays, settings, interpret=_interpreter())
+        _no_races()
+        return found
+
+    monkeypatch.setattr(dispatch, "run", run)
+    attention_numpy.check_learned_sinks(Causal(-60), (1, 200, 256, 4, 2, 64), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 1, 1, 256), (2, 1, 256, 256)])
+def test_a_row_hidden_by_an_infinite_bias_gives_zeros(shape):
+    given, dout, dlse = _inputs(2, 256, 256, 2, 1, 64, jnp.float32, False, shape, False, 0.0, 1.0)
+    bias = given[3].at[0].set(-jnp.inf).at[1, ..., 100:140].set(-jnp.inf)
+    given = (*given[:3], bias, *given[4:])
+    settings = Settings(Causal(), 64**-0.5, block_q=128, block_kv=256)
+    found = _run(given, dout, dlse.at[0].set(0), settings)
+    assert (found["lse"][0] == -jnp.inf).all() and jnp.isfinite(found["lse"][1]).all()
+    for name in ("out", "dq", "dk", "dv", "dbias"):
+        assert (found[name][0] == 0).all() and jnp.isfinite(found[name]).all(), name
+        assert jnp.abs(found[name][1]).max() > 0, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [1, 4])
+def test_heads_in_parts_where_their_pairs_do_not_fit_together(heads, monkeypatch):
+    mask = Heads([Causal(), Causal() & Window(64), Window(130), Causal() & Window(64)])
+    tile = tpu_plan.tiling(Settings(mask=mask, block_q=128, block_kv=256), 256, 256, 512, 2048)
+    assert tpu_plan.parts(mask, 4, 2, 256, 256, tile) == 1
+    monkeypatch.setattr(tpu_plan, "MOST_PAIRS", 7)
+    assert tpu_plan.parts(mask, 4, 2, 256, 256, tile) == 2
+    _compare(mask=mask, N=4, K=2, bias=(2, heads, 1, 256), alibi=True, rate=0.2, B=2)
+
+
+def test_heads_of_a_long_context_go_in_parts():
+    q = jax.ShapeDtypeStruct((1, 65536, 16, 128), jnp.bfloat16)
+    mask = patterns.s2_attention(16, stride=8)
+    tile = tpu_plan.tiling(Settings(mask=mask), 65536, 65536, 512, 2048)
+    assert tpu_plan.parts(mask, 16, 16, 65536, 65536, tile) == 2
+    assert tpu.unsupported(q, q, q, None, None, None, None, Settings(mask=mask)) is None
+
+
+@pytest.mark.slow
 def test_two_backward_kernels_where_dq_does_not_fit(monkeypatch):
     monkeypatch.setattr(tpu, "FUSED_MOST", 0)
     _compare(mask=Causal(), N=4, K=2, T=300)
@@ -291,12 +412,83 @@ def test_repeatable_to_the_bit():
         np.testing.assert_array_equal(first[name], second[name])
 
 
+# ---- the public function
+
+
+def _gradients(q, k, v, dout, extra, **options):
+    def attend(q, k, v, extra):
+        return attention(q, k, v, **extra, **options)
+
+    out, pull = jax.vjp(attend, q, k, v, extra)
+    return out, pull(dout)[:3]
+
+
+BOTH = ["forward", "backward"]
+# The mask, other arrays, and the kernels of a step on a TPU.
+PUBLIC = {
+    "full": (Full(), {}, BOTH),
+    "causal": (Causal(), {}, BOTH),
+    "lambda": (LAMBDA, {}, BOTH),
+    "s2": (
+        patterns.s2_attention(4, stride=4), {}, ["forward", "backward_keys", "backward_queries"]
+    ),
+    "pattern": (PATTERN, {}, BOTH),
+    "padding": (Causal(), {"bias": ((2, 1, 1, 512), jnp.float32)}, [*BOTH, "backward_bias"]),
+    "learned_sinks": (Causal(), {"sinks": ((4,), jnp.float32)}, BOTH),
+    "alibi": (Causal(), {"alibi": ((4,), jnp.float32)}, BOTH),
+    "segments": (Causal(), {"segment_ids": ((2, 512), jnp.int32)}, BOTH),
+    "small_pattern": (BlockPattern(np.eye(8, dtype=int), 64), {}, []),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:attention. not the tpu kernel")
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_public_function_lowers_to_the_kernels_on_a_tpu_alone(name):
+    mask, extra, expected = PUBLIC[name]
+    q, k = (jax.ShapeDtypeStruct((2, 512, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    extra = {key: jax.ShapeDtypeStruct(*form) for key, form in extra.items()}
+    for platform in ("tpu", "cpu", "cuda"):
+        step = jax.jit(functools.partial(_gradients, mask=mask))
+        text = step.trace(q, k, k, q, extra).lower(lowering_platforms=(platform,)).as_text()
+        kernels = re.findall(r'kernel_name = "attention_(\w+)"', text)
+        assert text.count("@tpu_custom_call") == len(kernels)
+        assert kernels == (expected if platform == "tpu" else []), platform
+
+
+def test_on_a_mesh_each_device_runs_the_kernels_on_its_own_heads():
+    """Compiled for four v5e, batch x heads: no device gathers what another has."""
+    devices = _topology("v5e:2x2")
+    mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "heads"))
+    layout = NamedSharding(mesh, P("data", None, "heads", None))
+    q, k = (jax.ShapeDtypeStruct((4, 512, heads, 128), jnp.bfloat16, sharding=layout)
+            for heads in (8, 4))  # fmt: skip
+    step = jax.jit(functools.partial(_gradients, extra={}, mask=Causal(), sharding=layout))
+    compiled = step.trace(q, k, k, q).lower(lowering_platforms=("tpu",)).compile()
+    text = compiled.as_text()
+    calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    assert len(calls) == 2 and all("bf16[2,4,512,128]" in line for line in calls)
+    moved = re.findall(r"(all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text)
+    assert not moved
+    assert all(x.spec == layout.spec for x in jax.tree.leaves(compiled.output_shardings))
+
+
 # ---- the compiler
+
+
+def _topology(target):
+    """The devices of a TPU that is not there."""
+    pytest.importorskip("libtpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
 
 
 def _step(q, k, v, dout, dlse, extra, settings):
     ids = (extra["q_ids"], extra["kv_ids"]) if "q_ids" in extra else None
-    given = (q, k, v, extra.get("bias"), extra.get("alibi"), ids, extra.get("seeds"))
+    bias = extra.get("bias", extra.get("padding"))
+    given = (q, k, v, bias, extra.get("alibi"), ids, extra.get("seeds"))
     out, lse = tpu.forward(*given, settings)
     return out, lse, tpu.backward(*given, out, lse, dout, dlse, settings)
 
@@ -315,20 +507,16 @@ def _compile(
     rate=0.0,
     **static,
 ):
-    pytest.importorskip("libtpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held
-    from jax.experimental import topologies
-
     S, K = S or T, K or N
     shapes = {
         "q_ids": ((B, T), jnp.int32),
         "kv_ids": ((B, S), jnp.int32),
         "bias": ((1, N, T, S), jnp.float32),
+        "padding": ((B, 1, 1, S), jnp.float32),
         "alibi": ((N,), jnp.float32),
         "seeds": ((B, N, 2), jnp.uint32),
     }
-    device = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[0]
+    device = _topology(target)[0]
     of = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
     q, k = of((B, T, N, H), dtype), of((B, S, K, H), dtype)
     given = (q, k, k, q, of((B, N, T), jnp.float32), {name: of(*shapes[name]) for name in extra})
@@ -357,8 +545,27 @@ COMPILED = {
     "lambda": {"mask": LAMBDA, "T": 1024},
     "heads": {"mask": FOUR, "N": 4, "K": 2, "T": 1024},
     "pattern": {"mask": PATTERN},
+    "pattern_heads": {"mask": BY_HEAD & Causal()},
+    "s2": {"mask": patterns.s2_attention(16, stride=8), "N": 16, "K": 4, "T": 2048},
+    "s2_segments": {
+        "mask": patterns.s2_attention(16, stride=8),
+        "N": 16,
+        "T": 1024,
+        "extra": ("q_ids", "kv_ids"),
+    },
+    "s2_fine_ragged": {"mask": S2_FINE, "N": 4, "K": 2, "T": 1000},
+    "windows": {"mask": WINDOWS, "N": 4},
+    "many_kinds": {"mask": MANY & (Causal(60) | Prefix(200)), "N": 4},
     "segments": {"extra": ("q_ids", "kv_ids"), "mask": Causal(), "T": 1024, "B": 2},
     "bias": {"extra": ("bias",)},
+    "padding": {"extra": ("padding",), "mask": Causal(), "B": 2},
+    "padding_float32_ragged": {
+        "extra": ("padding",),
+        "B": 2,
+        "T": 300,
+        "S": 520,
+        "dtype": jnp.float32,
+    },
     "alibi": {"extra": ("alibi",), "mask": Causal()},
     "dropout": {"extra": ("seeds",), "rate": 0.1},
     "softcap": {"softcap": 30.0},

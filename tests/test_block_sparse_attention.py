@@ -12,7 +12,8 @@ from efficient.mixers.block_sparse import butterfly_mask
 from efficient.planning.flops import count_flops
 from efficient.scope import Context, Rules, Scope
 from models.vision import Vision
-from pallas_kernels.attention import Causal, Full, attention
+from pallas_kernels.attention import Causal, Full, attention, gpu, tpu
+from pallas_kernels.attention.settings import Settings
 
 
 def meet(i, j, factors, global_blocks):
@@ -59,6 +60,18 @@ def test_work_is_that_of_the_live_blocks(causal, share):
 
     sparse = flops(butterfly_mask(8192, 512, None, 0, causal))
     assert sparse == flops(Causal() if causal else Full()) * share > 0
+
+
+@pytest.mark.parametrize("kernel", [tpu, gpu], ids=["tpu", "hopper"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [1000, 8192])
+def test_the_kernels_take_the_mask_of_the_default_block(length, causal, kernel):
+    mixer = mixer_numpy.build(
+        "block_sparse_attention", heads=2, causal=causal, global_blocks=1, factors=2
+    )
+    q = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16)
+    settings = Settings(mask=mixer.mask_for(length))
+    assert kernel.unsupported(q, q, q, None, None, None, None, settings) is None
 
 
 @pytest.mark.parametrize("pooling", ["mean", "class_token"])

@@ -13,7 +13,7 @@ import pytest
 from hopper_checks import rounded
 from test_block_sparse_matmul import ACTIVATIONS, RAGGED, dense, make
 
-from pallas_kernels.block_sparse_matmul import BlockMask, block_sparse_matmul, cases, gpu
+from pallas_kernels.block_sparse_matmul import BlockMask, block_sparse_matmul, gpu
 from pallas_kernels.block_sparse_matmul.gpu_product import WIDE, lists
 from pallas_kernels.block_sparse_matmul.settings import Settings
 
@@ -138,15 +138,9 @@ def test_numbers(name):
 # ---- the compiler
 
 
-def compile_case(name):
-    case = next(c for c in cases.CASES if c.name == name)
-    for role, fn in case.kernels.items():
-        hopper_checks.print_reports(fn, case.args_of(role))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["n4096", "n4096_r128", "down_4096_1024_r128", "n4096_block_256"])
 def test_compiles_for_an_h200_without_spills(name):
     kernels = {"forward", "dx", "dblocks", *(("du", "dv") if "_r" in name else ())}
-    call = f"test_block_sparse_matmul_gpu.compile_case({name!r})"
-    hopper_checks.compiles_without_spills(call, {f"block_sparse_{k}" for k in kernels})
+    names = {f"block_sparse_{k}" for k in kernels}
+    hopper_checks.compiles_without_spills("block_sparse_matmul", name, names)

@@ -13,7 +13,7 @@ import pytest
 from hopper_checks import rounded
 from test_monarch_matmul import expected, make
 
-from pallas_kernels.monarch_matmul import cases, gpu, gpu_product, monarch_matmul
+from pallas_kernels.monarch_matmul import gpu, gpu_product, monarch_matmul
 
 KERNELS = {f"monarch_{kernel}" for kernel in ("forward", "z", "dx", "dright", "dleft")}
 
@@ -124,17 +124,9 @@ def test_numbers(name):
 # ---- the compiler
 
 
-def compile_case(name):
-    case = next(c for c in cases.CASES if c.name == name)
-    for role, fn in case.kernels.items():
-        hopper_checks.print_reports(fn, case.args_of(role))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["1024 by 8", "4096 by 8", "4096 by 16", "1024 to 4096 by 8", "4096 to 1024 by 8"]
 )
 def test_compiles_for_an_h200_without_spills(name):
-    hopper_checks.compiles_without_spills(
-        f"test_monarch_matmul_gpu.compile_case({name!r})", KERNELS
-    )
+    hopper_checks.compiles_without_spills("monarch_matmul", name, KERNELS)

@@ -50,7 +50,7 @@ class Attention(nnx.Module):
       window: each query sees keys at a distance below this; None for all.
       softcap: logits become softcap * tanh(logits / softcap); None for none.
       kernel: which implementation of `pallas_kernels.attention`, one of `KERNELS`; None is that of
-        the platform. `reference` alone has forward-mode derivatives.
+        the platform. `reference` alone has forward-mode derivatives, and is what `step` runs.
       bias: biases on the four projections.
     """
 
@@ -142,6 +142,8 @@ class Attention(nnx.Module):
         """The query at position `index` over cached keys at positions `held`, heads joined.
 
         Of the mask only its elements are asked; what lies after `index` is hidden in any case.
+        By "reference" whatever `kernel` is: the T x S scores that it keeps are one row here, and
+        the other implementations would fill a tile of queries with a single one.
         """
         mask = self.mask_for(keys.shape[1])
         head = jnp.arange(self.heads)[:, None] if mask.names_heads() else 0

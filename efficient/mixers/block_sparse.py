@@ -51,7 +51,7 @@ class BlockSparseAttention(Attention):
     """Attention to the blocks that a flat block butterfly joins to the query's own.
 
     Args:
-      block: tokens in a block.
+      block: tokens in a block; the TPU and Hopper kernels take multiples of 128.
       factors: how many butterfly factors are summed, 2^i apart; None for all, log2 of the blocks.
       global_blocks: so many first blocks see, and are seen by, everything.
       heads, kv_heads, head_size, rope, softcap, kernel, bias: those of `attention`.
@@ -63,7 +63,7 @@ class BlockSparseAttention(Attention):
         width: int,
         causal: bool,
         *,
-        block: int = 64,
+        block: int = 128,
         factors: int | None = None,
         global_blocks: int = 0,
         heads: int | None = None,

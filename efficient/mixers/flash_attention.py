@@ -45,7 +45,9 @@ PAPERS = (
                 "fewer HBM accesses than standard attention",
                 f"{_FIRST}::test_hbm_bytes_against_standard_attention",
                 True,
-                "counted, programs compiled for v5e, forward, 8 heads of 128: see the test",
+                "counted, programs compiled for v5e, 8,192 tokens in sequences of 1,024 to 8,192, 8"
+                " heads of 128, XLA's copies around the kernels included: 6 to 24 times fewer"
+                " forward, 8 to 22 times with gradients; the test prints the table",
             ),
             Claim(
                 "HBM accesses are O(T^2 H^2 / M) for fast memory of M",

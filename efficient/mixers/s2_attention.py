@@ -68,7 +68,7 @@ class S2Attention(SparseAttention):
 
     Args:
       stride: r, of so many blocks a head keeps one.
-      block: tokens in a block.
+      block: tokens in a block; kernels leave out the most at multiples of their own 128.
       local_blocks: l, the last blocks that every head sees, the query's own included.
       dense_heads: how many of the last kv heads see everything before them.
       step: e, by how many blocks the shards of neighbouring kv heads differ.
@@ -82,7 +82,7 @@ class S2Attention(SparseAttention):
         causal: bool,
         *,
         stride: int,
-        block: int = 64,
+        block: int = 128,
         local_blocks: int = 1,
         dense_heads: int = 0,
         step: int = 1,

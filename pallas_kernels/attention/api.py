@@ -100,6 +100,13 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def part(q, k, v, *, segment_ids, scale, softcap, implementation) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) as of `attention`, out in float32 (float64): for `merge`. Checks nothing."""
+    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
+    settings = Settings(scale=scale, softcap=softcap and float(softcap), part=True)
+    return _attend(implementation, q, k, v, None, None, segment_ids, None, settings)
+
+
 def _reference(_, q, k, v, bias, alibi, segment_ids, seeds, settings):
     return reference(
         q, k, v, mask=settings.mask, segment_ids=segment_ids, bias=bias, alibi=alibi,

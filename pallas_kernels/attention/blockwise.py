@@ -42,7 +42,7 @@ def block_sizes(T: int, S: int, platform: str) -> tuple[int, int]:
 
 
 def forward(q, k, v, bias, alibi, segment_ids, dropout_seed, settings, platform="cpu"):
-    """out [B, T, N, H] in v's dtype and the log-sum-exp [B, N, T]; see `api.attention`.
+    """out [B, T, N, H] in `settings.out_dtype`, log-sum-exp [B, N, T]; see `api.attention`.
 
     Args:
       q: [B, T, N, H]. k, v: [B, S, K, H]. bias: [#B, #N, #T, S] or None. alibi: [N] or None.
@@ -59,7 +59,7 @@ def forward(q, k, v, bias, alibi, segment_ids, dropout_seed, settings, platform=
         order.append(plan.heads)
     back = np.argsort(np.concatenate(order))
     out, lse = (_pick(jnp.concatenate(x, 1), back, 1) for x in (outs, lses))
-    return jnp.swapaxes(out, 1, 2).astype(v.dtype), lse
+    return jnp.swapaxes(out, 1, 2).astype(settings.out_dtype(v.dtype)), lse
 
 
 def backward(

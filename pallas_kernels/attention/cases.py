@@ -1,5 +1,6 @@
 """Shapes of attention that tests, laboratory and benchmarks share."""
 
+import dataclasses
 import functools
 
 import jax
@@ -75,10 +76,7 @@ def case(
             "backward_queries": queries_bytes, "backward_keys": keys_bytes,
             "dq": queries_bytes, "dkv": keys_bytes, "dkv_fused": backward_bytes,
         },
-        peers={} if splash is None else {
-            "forward": {"splash": peers.splash_forward(splash, **window)},
-            "backward": {"splash": peers.splash_backward(splash, **window)},
-        },
+        peers={} if splash is None else peers.attention(splash, **window),
     )  # fmt: skip
 
 
@@ -92,4 +90,35 @@ CASES = [
     case("window_16k_h128", 1, 16384, 2, 2, 128, Window(1024), "window"),
     case("full_4k_h80", 1, 4096, 4, 4, 80),
     case("full_4k_h192", 1, 4096, 4, 4, 192),
+]
+
+
+def _on_hopper(q, k, v, *, mask: Mask):
+    """out of the Hopper kernel, which runs on request alone."""
+    return attention(q, k, v, mask=mask, implementation="gpu")
+
+
+def _backward_on_hopper(q, k, v, dout, *, mask: Mask):
+    return jax.vjp(functools.partial(_on_hopper, mask=mask), q, k, v)[1](dout)
+
+
+def hopper(name: str, H: int, mask: Mask = Full()) -> Case:
+    """4,096 tokens, 4 heads, for an H200. Above a head of 128 dK and dV are a kernel each.
+
+    Of those two no more than three of the five products is useful work, which both rows get.
+    """
+    base = case(name, 1, 4096, 4, 4, H, mask)
+    flops = dict(base.flops)
+    if H > 128:
+        flops["backward_keys"] = flops["backward_queries"]
+    functions = {"forward": _on_hopper, "backward": _backward_on_hopper}
+    kernels = {role: Program(functools.partial(fn, mask=mask)) for role, fn in functions.items()}
+    return dataclasses.replace(base, kernels=kernels, flops=flops, targets=("h200",))
+
+
+CASES += [
+    hopper("hopper_4k_h64", 64),
+    hopper("hopper_4k_h128", 128),
+    hopper("hopper_4k_h256", 256),
+    hopper("hopper_causal_4k_h128", 128, Causal()),
 ]

@@ -1,5 +1,6 @@
 """Arguments of attention: one line that names what is wrong and what is accepted."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,14 +24,15 @@ def check(
     _check_segments(segment_ids, B, T, S)
     bias = arrays["bias"]
     if bias is not None:
-        fits = bias.ndim == 4 and bias.shape[3] == S
+        fits = getattr(bias, "ndim", None) == 4 and bias.shape[3] == S
         if not fits or any(x not in (1, y) for x, y in zip(bias.shape, (B, N, T))):
-            _fail("bias", f"[{B} or 1, {N} or 1, {T} or 1, {S}], got {list(bias.shape)}")
+            form = f"an array [{B} or 1, {N} or 1, {T} or 1, {S}]"
+            _fail("bias", f"{form}, got {_shape(bias)}")
         _check_float("bias", bias)
     for name in ("alibi", "sinks"):
         if arrays[name] is not None:
-            if arrays[name].shape != (N,):
-                _fail(name, f"[{N}], one a query head; got {list(arrays[name].shape)}")
+            if getattr(arrays[name], "shape", None) != (N,):
+                _fail(name, f"an array [{N}], one a query head; got {_shape(arrays[name])}")
             _check_float(name, arrays[name])
     _check_number("scale", scale, "a Python number or None")
     _check_number("softcap", softcap, "a positive Python number or None", lambda x: x > 0)
@@ -39,8 +41,9 @@ def check(
     if dropout_rate is None:
         _fail("dropout_rate", f"{rate}, got None")
     _check_number("dropout_rate", dropout_rate, rate, lambda x: 0 <= x < 1)
-    if dropout_rate and dropout_key is None:
-        _fail("dropout_key", f"a jax.random key where dropout_rate is {dropout_rate}, got None")
+    if dropout_rate and not _is_key(dropout_key):
+        got = repr(dropout_key) if isinstance(dropout_key, int) else _shape(dropout_key)
+        _fail("dropout_key", f"a jax.random key where dropout_rate is {dropout_rate}, got {got}")
     if implementation not in IMPLEMENTATIONS:
         accepted = ", ".join(map(repr, IMPLEMENTATIONS))
         _fail("implementation", f"one of {accepted}; got {implementation!r}")
@@ -78,6 +81,17 @@ def _check_segments(segment_ids, B, T, S):
     for x in segment_ids:
         if not jnp.issubdtype(x.dtype, jnp.integer):
             _fail("segment_ids", f"{form}; got dtype {x.dtype.name}")
+
+
+def _is_key(x):
+    """Whether x is one key, of `jax.random.key` or of `jax.random.PRNGKey`."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        return False
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return x.shape == ()
+    old = jax.eval_shape(lambda: jax.random.PRNGKey(0))
+    return (x.shape, dtype) == (old.shape, old.dtype)
 
 
 def _check_float(name, x):

@@ -16,7 +16,6 @@ from pallas_kernels.attention.settings import Settings
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 HEAD_MOST = 256
-KINDS_MOST = 16
 
 
 def forward(q, k, v, bias, alibi, segment_ids, dropout_seed, settings: Settings, machine=Machine()):
@@ -93,6 +92,8 @@ def unsupported(q, k, v, bias, alibi, segment_ids, dropout_seed, settings: Setti
     for name, given in (("bias", bias), ("alibi", alibi), ("dropout", dropout_seed)):
         if given is not None:
             return f"{name} is not done in the Hopper kernels"
+    if settings.part:
+        return "a part in float32 for `merge` is not done in the Hopper kernels"
     if not settings.scale > 0:
         return f"scale {settings.scale}; accepted: above 0"
     if settings.block_q not in (None, TILE_ROWS):
@@ -123,9 +124,6 @@ def _unsupported_mask(settings, N, K, T, S, H):
     for kernel, by_keys in kernels.items():
         columns = _columns(H, kernel, settings.softcap)
         work = _work(settings.mask, N, K, T, S, columns, by_keys)
-        if len(work.masks) > KINDS_MOST:
-            kinds = len(work.masks) - 2
-            return f"a mask with {kinds} kinds of partial blocks; accepted: {KINDS_MOST - 2}"
         for mask in work.masks:
             reason = _unsupported_part(mask)
             if reason is not None:
@@ -141,9 +139,6 @@ def _unsupported_part(mask):
             return reason
     if isinstance(mask, masks.BlockPattern):
         return "a BlockPattern whose blocks are no multiples of 128"
-    sizes = [getattr(mask, name, 1) for name in ("block", "stride")]
-    if any(n & (n - 1) for n in sizes):
-        return f"{mask}, whose block or stride is no power of two"
     return None
 
 

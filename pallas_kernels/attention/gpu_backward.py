@@ -133,7 +133,8 @@ def _query_tile(machine, shape, masks, inputs, dq, scratch, group, tile, step):
     def at(i, total):
         block = inputs.lists.block(tile, i)
         row_ids = ids[0] if ids else None
-        place = Place(block, first, block.column * shape.columns, False, row_ids, None)
+        s = block.column * shape.columns
+        place = Place(block, tile.head, first, s, False, row_ids, None)
         own = [x.at[group + block.zero] for x in scratch.own]
         at = machine, shape, masks, scratch.ring
         return _query_step(*at, own, lse, delta, place, step + i, total)
@@ -209,7 +210,9 @@ def _key_tile(machine, shape, masks, results, inputs, outputs, scratch, group, t
     def at(i, totals):
         block = inputs.lists.block(tile, i)
         row_ids = ids[0] if ids else None
-        place = Place(block, block.column * shape.columns, first, True, row_ids, None)
+        head = tile.head * (shape.N // shape.K) + block.head
+        t = block.column * shape.columns
+        place = Place(block, head, t, first, True, row_ids, None)
         own = [x.at[group + block.zero] for x in scratch.own]
         return _key_step(machine, shape, masks, scratch.ring, own, place, step + i, totals)
 

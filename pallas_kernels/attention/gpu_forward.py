@@ -106,7 +106,7 @@ def _tile(machine, shape, masks, inputs, outputs, scratch, group, tile, step):
 
     def at(i, carry):
         block = inputs.lists.block(tile, i)
-        place = Place(block, first, block.column * shape.columns, False, row_ids, None)
+        place = Place(block, tile.head, first, block.column * shape.columns, False, row_ids, None)
         queries = scratch.own.at[group + block.zero]
         return _step(machine, shape, masks, scratch, queries, place, step + i, carry)
 

@@ -11,13 +11,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import masks, schedule
+from pallas_kernels.attention import schedule
+from pallas_kernels.attention.masks import Mask
 
 # Columns of Work.tiles.
 HEAD, ROW, START, COUNT = range(4)
 # A block in one word: column, head, kind, and whether its segments have to be compared.
 _HEAD_SHIFT, _KIND_SHIFT, _MIXED_SHIFT = 16, 24, 30
 MOST_COLUMNS, MOST_HEADS, MOST_KINDS = 2**16, 2**8, 2**6
+KINDS = 16  # each is a branch in the kernels
 
 
 class Work(NamedTuple):
@@ -29,13 +31,13 @@ class Work(NamedTuple):
       head (0 where rows are queries); the index among `masks`. See `unpack`.
     rows: int32[P], the tile's ROW for each block.
     masks: what remains to be applied in a block: masks[0] is Empty(), masks[1] Full(), others are
-      partial. They name no heads.
+      partial.
     """
 
     tiles: np.ndarray
     blocks: np.ndarray
     rows: np.ndarray
-    masks: tuple[masks.Mask, ...]
+    masks: tuple[Mask, ...]
 
 
 def unpack(word):
@@ -55,10 +57,8 @@ def work(mask, heads: int, T: int, S: int, block_q: int, block_kv: int, group: i
     Args:
       group: query heads of a key head, where rows are keys; 0 where they are queries.
     """
-    mask.check(heads, T, S)
-    each = [mask.head(n) for n in range(heads)] if mask.names_heads() else [mask] * heads
-    numbers = {masks.Empty(): 0, masks.Full(): 1}
-    tables = {x: _kinds(x, T, S, block_q, block_kv, numbers) for x in dict.fromkeys(each)}
+    found = schedule.numbered(mask, heads, T, S, block_q, block_kv, KINDS)
+    each, tables = found.table.tolist(), found.tables
     parts, blocks, rows, tiles = {}, [], [], []
     for owner in range(heads // max(group, 1)):
         key = tuple(each[owner * group : (owner + 1) * group] if group else [each[owner]])
@@ -75,7 +75,7 @@ def work(mask, heads: int, T: int, S: int, block_q: int, block_kv: int, group: i
     blocks = np.concatenate(blocks)
     if not len(blocks):  # an operand of no elements could not be
         blocks, rows = np.zeros(1, np.int32), [0]
-    return Work(tiles, blocks.astype(np.int32), np.array(rows, np.int32), tuple(numbers))
+    return Work(tiles, blocks.astype(np.int32), np.array(rows, np.int32), found.masks)
 
 
 def lists(work: Work, row_ranges=None, column_ranges=None):
@@ -102,20 +102,6 @@ def lists(work: Work, row_ranges=None, column_ranges=None):
     count = before[:, ends] - before[:, starts]
     tiles = jnp.broadcast_to(work.tiles, (len(live), *work.tiles.shape)).at[:, :, COUNT].set(count)
     return tiles, jnp.take_along_axis(words, order, axis=1)
-
-
-def _kinds(mask, T, S, block_q, block_kv, numbers):
-    """Kinds [tiles of queries, blocks of keys]; a block that reaches beyond S has a mask."""
-    remains, states = schedule.residuals(mask, T, S, block_q, block_kv)
-    kinds = np.array([_number(numbers, x) for x in remains])[states]
-    if S % block_kv:
-        cut = [_number(numbers, x & masks.Prefix(S)) for x in remains]
-        kinds[:, -1] = np.array(cut)[states[:, -1]]
-    return kinds
-
-
-def _number(numbers, mask):
-    return numbers.setdefault(mask, len(numbers))
 
 
 def _packed(kinds):

@@ -19,12 +19,13 @@ from pallas_kernels.attention.masks import Mask
 class Place(NamedTuple):
     """Where a block of scores lies.
 
-    block: its entry of the list. t, s: its first query and first key.
+    block: its entry of the list. head: its query head. t, s: its first query and first key.
     by_keys: whether its rows are keys.
     row_ids: the segments of its rows, in registers; column_ids: of its columns, in shared memory.
     """
 
     block: Block
+    head: jax.Array
     t: jax.Array
     s: jax.Array
     by_keys: bool
@@ -51,15 +52,15 @@ def _hide(machine, masks, place, x):
         return x
 
     def by(mask):
-        def hidden(x, t, s):
+        def hidden(x, head, t, s):
             t = machine.positions(x.shape, int(place.by_keys), t)
             s = machine.positions(x.shape, int(not place.by_keys), s)
-            return jnp.where(mask.element(0, t, s), x, -jnp.inf)
+            return jnp.where(mask.element(head, t, s), x, -jnp.inf)
 
         return hidden
 
     branches = [lambda x, *_: x, *(by(mask) for mask in masks[2:])]
-    return jax.lax.switch(place.block.kind - 1, branches, x, place.t, place.s)
+    return jax.lax.switch(place.block.kind - 1, branches, x, place.head, place.t, place.s)
 
 
 def _same_segment(machine, place, x):

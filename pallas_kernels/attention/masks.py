@@ -27,7 +27,12 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
 class Mask:
-    """What all masks share; see the module's docstring."""
+    """What all masks share; see the module's docstring.
+
+    movable: fields that `element` only adds and compares, so that they may be traced integers.
+    """
+
+    movable = ()
 
     def element(self, head, t, s):
         """Whether query t of a head sees key s.
@@ -104,6 +109,7 @@ class Causal(Mask):
     """s <= t + offset."""
 
     offset: int = 0
+    movable = ("offset",)
 
     def element(self, head, t, s):
         return s <= t + self.offset
@@ -127,6 +133,7 @@ class Window(Mask):
     right: int | None = 0
     offset: int = 0
     block: int = 1
+    movable = ("left", "right", "offset")
 
     def element(self, head, t, s):
         t, s = _divide(t + self.offset, self.block), _divide(s, self.block)
@@ -163,6 +170,7 @@ class Prefix(Mask):
     """s < n: the first n keys, seen by every query. `Causal() | Prefix(n)` is a prefix LM."""
 
     n: int
+    movable = ("n",)
 
     def element(self, head, t, s):
         return s < self.n
@@ -190,6 +198,7 @@ class Stride(Mask):
     stride: int
     shift: int = 0
     block: int = 1
+    movable = ("shift",)
 
     def element(self, head, t, s):
         return _remainder(_divide(s, self.block) + self.shift, self.stride) == 0
@@ -281,12 +290,14 @@ class Heads(Mask):
     def element(self, head, t, s):
         if isinstance(head, (int, np.integer)):
             return self.masks[head].element(head, t, s)
+        groups = {}
+        for n, mask in enumerate(self.masks):
+            groups.setdefault(skeleton(mask), []).append(n)
         seen = (head != head) & (t != t) & (s != s)
-        for mask in dict.fromkeys(self.masks):
-            at_mask = head != head
-            for n, other in enumerate(self.masks):
-                at_mask = at_mask | (head == n) if other == mask else at_mask
-            seen = seen | (at_mask & mask.element(head, t, s))
+        for heads in groups.values():
+            mask = _of_head([self.masks[n] for n in heads], heads, head)
+            here = functools.reduce(lambda a, b: a | b, [head == n for n in heads])
+            seen = seen | (here & mask.element(head, t, s))
         return seen
 
     def check(self, heads, T, S):
@@ -367,6 +378,29 @@ def _combine(kind, a, b, neutral, absorbing):
     return parts[0] if len(parts) == 1 else kind(tuple(parts))
 
 
+def skeleton(mask: Mask):
+    """A hashable that is alike for masks which differ in `movable` fields alone."""
+    if isinstance(mask, (And, Or)):
+        return type(mask), *map(skeleton, mask.masks)
+    values = ((field.name, getattr(mask, field.name)) for field in dataclasses.fields(mask))
+    return type(mask), *(x if x[0] not in mask.movable else x[1] is None for x in values)
+
+
+def _of_head(alike, heads, head):
+    """The mask of `head`, an array, of masks of one skeleton that belong to `heads`."""
+    first = alike[0]
+    if isinstance(first, (And, Or)):
+        parts = zip(*(mask.masks for mask in alike))
+        return type(first)(tuple(_of_head(part, heads, head) for part in parts))
+    moved = {}
+    for name in first.movable:
+        base, *others = (getattr(mask, name) for mask in alike)
+        steps = [(n, x - base) for n, x in zip(heads[1:], others) if x != base]
+        if steps:
+            moved[name] = base + sum((head == n) * step for n, step in steps)
+    return dataclasses.replace(first, **moved) if moved else first
+
+
 def _tiles(T, S, block_q, block_kv):
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
         _check_integer("blocks", name, block, 1)
@@ -389,11 +423,17 @@ def _divide(x, n):
     """Floor division, by a shift where that does: a TPU's vector unit has no division."""
     if n & (n - 1) == 0:
         return x >> (n.bit_length() - 1) if n > 1 else x
-    return x // n
+    if isinstance(x, (int, np.integer, np.ndarray)):
+        return x // n
+    import jax
+
+    # Positions are above -2 ** 30. Pallas lowers division that truncates, and none that floors.
+    more = 2**30 // n
+    return jax.lax.div(x + more * n, jax.numpy.full_like(x, n)) - more
 
 
 def _remainder(x, n):
-    return x & (n - 1) if n & (n - 1) == 0 else x % n
+    return x & (n - 1) if n & (n - 1) == 0 else x - n * _divide(x, n)
 
 
 def _clip(index, size):

@@ -36,7 +36,7 @@ def s2_attention(
     heads: int,
     *,
     stride: int,
-    block: int = 64,
+    block: int = 128,
     local_blocks: int = 4,
     kv_heads: int | None = None,
     dense_heads: int = 0,
@@ -53,7 +53,8 @@ def s2_attention(
     Args:
       heads: query heads.
       stride: of so many key blocks a head keeps one.
-      block: tokens in a block.
+      block: tokens in a block. A multiple of 128 is what the kernels' own blocks lie within; with
+        less, most of these are partly seen, and work falls less than the share of what is seen.
       local_blocks: blocks up to the query's own that every head sees.
       kv_heads: key heads; default as many as query heads.
       dense_heads: how many of the last kv heads see everything before them.

@@ -72,6 +72,7 @@ def reference(
 
 def _softmax(scores, seen, sinks):
     """Weights of what is seen, and the log-sum-exp, without a NaN in value or gradient."""
+    seen = seen & (scores != -jnp.inf)  # what a bias hides is not seen either
     some = jnp.any(seen, axis=-1)
     scores = jnp.where(seen, scores, -jnp.inf)
     # A row that sees nothing is computed as if it saw everything at score 0, then discarded.

@@ -4,9 +4,11 @@ A mask leaves some blocks of the T x S scores empty. `schedule` lists the others
 which a kernel visits them, so that an empty block costs no step, no copy and no memory. In a block
 that is visited, most of a combined mask is settled: of `Causal() & Window(4096)` only `Causal()`
 remains to be computed on the diagonal and only the window at its far edge. `residuals` finds what
-remains; a BlockPattern never does where the blocks lie within the pattern's.
+remains; a BlockPattern never does where the blocks lie within the pattern's. `numbered` numbers it
+for kernels, which have code for a few masks alone.
 """
 
+import collections
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -73,6 +75,82 @@ def residuals(
         settled = {leaf: code // 3**power % 3 for power, leaf in enumerate(leaves)}
         remains.append(_settle(mask, settled))
     return tuple(remains), index.reshape(codes.shape)
+
+
+class Kinds(NamedTuple):
+    """What a mask leaves of all blocks, by number.
+
+    tables: int64[tables, Tb, Sb], indices of `masks`; heads whose masks are alike share a table.
+    table: int32[N], each query head's table.
+    masks: masks[0] is Empty(), masks[1] Full(), others are partial. They hide keys beyond S. Some
+      may name heads, where there would be too many otherwise.
+    """
+
+    tables: np.ndarray
+    table: np.ndarray
+    masks: tuple[Mask, ...]
+
+
+def numbered(
+    mask: Mask, heads: int, T: int, S: int, block_q: int, block_kv: int, most: int
+) -> Kinds:
+    """The kinds of all blocks: the masks of `residuals`, where these are no more than `most`.
+
+    Otherwise those of different heads that differ in integers alone become one that names heads;
+    where this does not suffice, every partial block has the whole mask.
+    """
+    mask.check(heads, T, S)
+    each = [mask.head(n) for n in range(heads)] if mask.names_heads() else [mask] * heads
+    distinct = list(dict.fromkeys(each))
+    found = [_cut(*residuals(x, T, S, block_q, block_kv), S, block_kv) for x in distinct]
+    table = np.array([distinct.index(x) for x in each], np.int32)
+    for share in (list, _by_skeleton, _in_one):
+        keys = [share(remains) for remains, _ in found]
+        numbers = {Empty(): 0, Full(): 1}
+        tables = [np.array([numbers.setdefault(key, len(numbers)) for key in row])[states]
+                  for row, (_, states) in zip(keys, found)]  # fmt: skip
+        if len(numbers) <= most:
+            break
+    if share is _in_one:
+        merged = [mask & masks.Prefix(S) if S % block_kv else mask] * len(numbers)
+    else:
+        own = [dict(zip(row, remains)) for row, (remains, _) in zip(keys, found)]
+        merged = [_merged([part.get(key) for part in own], table) for key in numbers]
+    return Kinds(np.stack(tables), table, (Empty(), Full(), *merged[2:]))
+
+
+def _cut(remains, states, S, block_kv):
+    """`residuals` in which keys beyond S are hidden."""
+    if not S % block_kv:
+        return remains, states
+    each = remains + tuple(mask & masks.Prefix(S) for mask in remains)
+    states = states.copy()
+    states[:, -1] += len(remains)
+    occur, index = np.unique(states, return_inverse=True)
+    return tuple(each[state] for state in occur), index.reshape(states.shape)
+
+
+def _by_skeleton(remains):
+    """Keys which heads share whose masks differ in integers alone; a head has each but once."""
+    count = collections.Counter()
+    keys = []
+    for mask in remains:
+        like = masks.skeleton(mask)
+        keys.append(mask if mask in (Empty(), Full()) else (like, count[like]))
+        count[like] += 1
+    return keys
+
+
+def _in_one(remains):
+    return [mask if mask in (Empty(), Full()) else "partial" for mask in remains]
+
+
+def _merged(own, table):
+    """One mask of what the tables have of a kind; None where a table has it not."""
+    some = [mask for mask in own if mask is not None]
+    if len(set(some)) < 2:
+        return some[0] if some else None
+    return masks.Heads([own[index] or some[0] for index in table])
 
 
 def _split(mask):

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from pallas_kernels.attention.masks import Full, Mask
 
 
@@ -15,6 +17,7 @@ class Settings(NamedTuple):
     alibi_offset: position of query 0 among the keys, for ALiBi.
     bias_gradient: whether the backward pass has to give bias's gradient.
     block_q, block_kv: rows and columns of a block of scores; None: the implementation chooses.
+    part: whether out is to be merged with others, and so in float32 (float64) and not v's dtype.
     """
 
     mask: Mask = Full()
@@ -25,3 +28,8 @@ class Settings(NamedTuple):
     bias_gradient: bool = True
     block_q: int | None = None
     block_kv: int | None = None
+    part: bool = False
+
+    def out_dtype(self, dtype):
+        """Of the result for values of this dtype."""
+        return jnp.promote_types(dtype, jnp.float32) if self.part else dtype

@@ -3,10 +3,13 @@
 Compiled for v5e, v5p and v6e and checked in JAX's interpreter; not run on a TPU.
 """
 
+import functools
+import operator
+
 import jax.numpy as jnp
 
 from pallas_kernels.attention import tpu_backward, tpu_bias, tpu_forward, tpu_plan, tpu_specs
-from pallas_kernels.attention.masks import Full
+from pallas_kernels.attention.masks import Full, Heads
 from pallas_kernels.attention.settings import Settings
 
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float16)
@@ -16,7 +19,7 @@ FUSED_MOST = 4 * 2**20
 
 
 def forward(q, k, v, bias, alibi, segment_ids, dropout_seed, settings: Settings, interpret=False):
-    """out [B, T, N, H] in v's dtype and the log-sum-exp [B, N, T] in float32; see api.attention.
+    """out [B, T, N, H] in `settings.out_dtype`, log-sum-exp [B, N, T] in float32; see `api`.
 
     Args:
       q: [B, T, N, H]. k, v: [B, S, K, H].
@@ -25,12 +28,19 @@ def forward(q, k, v, bias, alibi, segment_ids, dropout_seed, settings: Settings,
       dropout_seed: uint32[B, N, 2] of dropout.seeds, or None.
       interpret: what pl.pallas_call takes.
     """
+    parts = _parts((q, k, v, bias, alibi, segment_ids, dropout_seed), settings)
+    found = [_forward(*arrays, settings, interpret) for _, arrays, settings in parts]
+    return _join(found, (2, 1))
+
+
+def _forward(q, k, v, bias, alibi, segment_ids, dropout_seed, settings, interpret):
     T = q.shape[1]
     blocks = _blocks((q, k, v), _forward_keys(settings, segment_ids))
     given = (q, k, v, bias, alibi, segment_ids, dropout_seed, settings)
     shape, plan, inputs, scalars = _prepare(blocks, 0, *given)
-    out, lse = tpu_forward.run(inputs, shape, plan, scalars, _stored(v.dtype), interpret)
-    return jnp.swapaxes(out[:, :, :T], 1, 2).astype(v.dtype), lse[:, :, 0, :T]
+    out_dtype = settings.out_dtype(v.dtype)
+    out, lse = tpu_forward.run(inputs, shape, plan, scalars, _stored(out_dtype), interpret)
+    return jnp.swapaxes(out[:, :, :T], 1, 2).astype(out_dtype), lse[:, :, 0, :T]
 
 
 def backward(
@@ -52,6 +62,20 @@ def backward(
 
     Args: as `forward`; its results out and lse, and their cotangents (dlse [B, N, T] float32).
     """
+    parts = _parts((q, k, v, bias, alibi, segment_ids, dropout_seed), settings)
+    found = []
+    for heads, arrays, settings in parts:
+        rows = (out[:, :, heads], lse[:, heads], dout[:, :, heads], dlse[:, heads])
+        found.append(_backward(*arrays, *rows, settings, interpret))
+    if bias is not None and bias.shape[1] == 1:
+        dbias = functools.reduce(operator.add, [part[3] for part in found])
+        return *_join([part[:3] for part in found], (2, 2, 2)), dbias
+    return _join(found, (2, 2, 2, 1))
+
+
+def _backward(
+    q, k, v, bias, alibi, segment_ids, dropout_seed, out, lse, dout, dlse, settings, interpret
+):
     T, S, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     delta = jnp.einsum("btnh,btnh->bnt", dout, out, preferred_element_type=jnp.float32) - dlse
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
@@ -80,6 +104,39 @@ def backward(
     return *(jnp.swapaxes(x[:, :, :n], 1, 2).astype(to.dtype) for x, n, to in grads), dbias
 
 
+def _parts(arrays, settings):
+    """(query heads, their arrays, their settings), for heads whose pairs one kernel can hold."""
+    q, k, v, bias, alibi, segment_ids, seeds = arrays
+    N, K = q.shape[2], k.shape[2]
+    count = max(
+        tpu_plan.parts(settings.mask, N, K, q.shape[1], k.shape[1], tile)
+        for tile in _tilings(q, k, v, segment_ids, settings)
+    )
+    if count == 1:
+        return [(slice(None), arrays, settings)]
+    found = []
+    for part in range(count):
+        heads, keys = (slice(part * n // count, (part + 1) * n // count) for n in (N, K))
+        own = (
+            q[:, :, heads], k[:, :, keys], v[:, :, keys],
+            bias if bias is None or bias.shape[1] == 1 else bias[:, heads],
+            None if alibi is None else alibi[heads],
+            segment_ids,
+            None if seeds is None else seeds[:, heads],
+        )  # fmt: skip
+        mask = Heads([settings.mask.head(n) for n in range(N)[heads]])
+        found.append((heads, own, settings._replace(mask=mask)))
+    return found
+
+
+def _join(found, axes):
+    """Results of parts side by side along their axes of heads; None stays None."""
+    if len(found) == 1:
+        return found[0]
+    each = zip(zip(*found, strict=True), axes, strict=True)
+    return tuple(None if x[0] is None else jnp.concatenate(x, axis) for x, axis in each)
+
+
 def _dbias(bias, prepared, T, segment_ids, interpret):
     inputs, shape, _, _ = prepared
     rows, S = bias.shape[2:]
@@ -101,12 +158,18 @@ def unsupported(q, k, v, bias, alibi, segment_ids, dropout_seed, settings: Setti
     for name in ("block_q", "block_kv"):
         if (getattr(settings, name) or 128) % 128:
             return f"{name} {getattr(settings, name)}; accepted: multiples of 128"
-    for block_kv, group in ((_forward_keys(settings, segment_ids), 0), (1024, N // k.shape[2])):
-        tile = tpu_plan.tiling(settings, T, S, *_blocks((q, k, v), block_kv))
-        reason = tpu_plan.unsupported(settings.mask, N, T, S, tile, group)
+    for tile in _tilings(q, k, v, segment_ids, settings):
+        reason = tpu_plan.unsupported(settings.mask, N, k.shape[2], T, S, tile)
         if reason is not None:
             return reason
     return None
+
+
+def _tilings(q, k, v, segment_ids, settings):
+    """Of the forward kernel and of those of the backward pass."""
+    T, S = q.shape[1], k.shape[1]
+    each = {_forward_keys(settings, segment_ids), 1024, 2048}
+    return [tpu_plan.tiling(settings, T, S, *_blocks((q, k, v), block_kv)) for block_kv in each]
 
 
 def _forward_keys(settings, segment_ids):

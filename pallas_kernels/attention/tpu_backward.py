@@ -4,7 +4,8 @@ Weights are computed again from the log-sum-exp: P = 2 ** (s - lse), dS = P * (d
 delta = rowsum(dO * O) - dlse made outside. (A log-sum-exp of 28 is rounded at 1e-6 in float32, and
 so are weights made of it: with every key that far below 0, under ALiBi with a mask that ends before
 its positions do, gradients erred 3.0 to 4.2 times as much as naive attention's, at S 256.) There is
-no maximum to wait for, so each tile is one straight region. Two ways, both deterministic:
+no maximum to wait for: the live pieces of a block of scores are straight code where the plan has a
+region for it (see tpu_plan), and otherwise a region each. Two ways, both deterministic:
 
 - `run_fused`: one kernel goes over the blocks of keys, adds up dK and dV of a block in VMEM, and
   dQ of all queries of its heads too: 5 products a tile. dQ must fit, 8 bytes an element.
@@ -14,15 +15,7 @@ no maximum to wait for, so each tile is one straight region. Two ways, both dete
 Gradients are accumulated transposed, [H, length], so that a head narrower than the matrix unit does
 not waste it, and are transposed when they leave. The query heads of a key head add up in VMEM.
 
-Static schedule (libtpu 0.0.51, bfloat16, full mask), bundles for 2**20 scores in the largest region
-on v6e; in brackets jax's splash attention at the best of its block sizes:
-
-    head     fused (512 x 1024)     keys (512 x 1024)     queries (512 x 2048)
-    64       4004 (5329)
-    128      4626 (5327)            3982 (4232)           2813 (3348)
-    256      5592 (5604)
-
-So matrix-unit use at head 128 is 0.55 fused, against 0.48; v5e reads 1.06 fused.
+Bundles and matrix-unit use, beside jax's splash attention, are in docs/kernels.md.
 """
 
 import functools

@@ -8,22 +8,11 @@ and only compares the block's maximum with m beside it. Queries whose scores exc
 64 (8 in float32) keep their old state in the straight path and are done again, exactly, with their
 own maximum, by the path that also serves queries which have no m yet.
 
-Static schedule (libtpu 0.0.51, bfloat16, full mask, tile 512 x 2048): matrix-unit use of the
-largest region, and its bundles; in brackets the use of jax's splash attention at the best of its
-block sizes. On v5e the schedule reads above 1: the array itself is the limit there.
-
-    head     v5e                    v6e
-    64       0.69, 2959 (0.49)      0.30, 1706 (0.19)
-    128      1.08, 3785 (0.97)      0.56, 1842 (0.38)
-    256      1.13, 7250 (1.01)      0.88, 2337 (0.73)
-
-The rest of the loop is 709 bundles on v6e at head 128, most of which a step does not run: 349 are
-the exact path, 148 the sample and 123 the output, once a tile of queries; below 90 are left.
-What binds on v6e at head 128: products 0.77 of their slots, vector units 0.72, exponentials 0.56.
-Tried without the comparison with m, where 512 x 2048 reads 0.585: tiles of 512 x 1024 0.49,
-256 x 2048 0.42, 1024 x 1024 0.59, 512 x 4096 0.57; two heads in a program 0.55 (512 x 1024); sums
-by a row of ones beside V 0.575. The online softmax with the block's own maximum reads 0.34, with
-two heads interleaved 0.41.
+What the compiler makes of it, bundles and matrix-unit use beside jax's splash attention, is in
+docs/kernels.md, from `python -m pallas_kernels.lab attention`. Most of the loop's code is not run
+by a step: the exact path for scores out of range alone, the sample and the output once a tile of
+queries. With an earlier compiler the online softmax with the block's own maximum used the matrix
+unit less, with two heads interleaved too, and so did tiles of 512 x 1024 and of 256 x 2048.
 """
 
 import functools

@@ -7,8 +7,9 @@ scalar memory, and the grid runs over that list alone.
 
 A mask leaves blocks of few kinds: a causal one five, by how many pieces the diagonal leaves. Each
 kind (a region) has code of its own, in which the live pieces are one product and one straight run
-of instructions; blocks of rarer kinds are worked on piece by piece. Forward at T 4096, causal, head
-128 took 62.4 us of predicted time by pieces and 49.0 us by regions on v6e.
+of instructions; blocks of rarer kinds are worked on piece by piece, which waits between pieces.
+
+What remains of the mask in a piece is computed there, by one of a few masks (`schedule.numbered`).
 """
 
 import functools
@@ -25,7 +26,7 @@ from pallas_kernels.attention.settings import Settings
 # plus one, or 0.
 FIRST, LAST, SHIFT, WIDTH, SAMPLE, REGION = 1, 2, 2, 3, 14, 16
 MOST_PIECES, MOST_KINDS, MOST_BLOCKS, MOST_REGIONS = 4, 2**WIDTH, 2**15, 15
-# Pieces of all regions together: code, 460 bundles a piece on v6e and 950 on v5e at head 128.
+# Pieces of all regions together: each is code of some hundred bundles, and takes time to compile.
 MOST_CODE = 16
 # Pairs x 4 bytes x (2 or 3 words) must leave room in the 1 MB of scalar memory of a TPU core.
 MOST_PAIRS = 60_000
@@ -49,7 +50,7 @@ class Plan(NamedTuple):
     index, state: int32[P], see the head of this file.
     head: int32[P], the query head, where heads have schedules of their own; else None, and the
       grid has an axis of heads.
-    masks: what remains to be computed in a piece of each kind; they name no heads.
+    masks: what remains to be computed in a piece of each kind.
     corners: of each kind, what its mask leaves of the halves of the keys in the halves of the
       queries, [2][2] as Mask.blocks has it; None where pieces of that kind differ in it.
     regions: kinds of the pieces of a block for which the kernel has straight code, by frequency.
@@ -84,44 +85,67 @@ class Plan(NamedTuple):
 def tiling(settings: Settings, T: int, S: int, block_q: int, block_kv: int) -> Tiling:
     """The tiling for lengths T and S; block_q and block_kv are what the kernel likes best.
 
-    Tiles and pieces lie within the blocks of the mask's BlockPatterns, where these allow it.
+    Tiles and pieces lie within the blocks of the mask's BlockPatterns, and pieces within those of
+    its Strides, where these allow it: then a piece is whole or empty.
     """
     patterns = _patterns(settings.mask)
+    strides = [stride.block for stride in _find(masks.Stride, settings.mask)]
+    key_blocks = {block for block in strides if block % 128 == 0}
+    key_blocks |= {pattern.block[1] for pattern in patterns}
     most_q = _within(block_q, [pattern.block[0] for pattern in patterns])
     piece = min(block_kv, max(512, block_kv // MOST_PIECES))
-    most_kv = _within(piece, [pattern.block[1] for pattern in patterns])
+    most_kv = _within(piece, key_blocks)
     rows = settings.block_q or (most_q if patterns else _even(T, most_q))
     if settings.block_kv:
         columns = settings.block_kv
         parts = [n for n in (4, 2, 1) if columns % (128 * n) == 0]
         fits = [columns // n for n in parts if most_kv % (columns // n) == 0]
-        return Tiling(rows, columns, max(fits) if patterns and fits else columns // parts[0])
-    piece = most_kv if patterns else _even(S, most_kv)
+        return Tiling(rows, columns, max(fits) if key_blocks and fits else columns // parts[0])
+    piece = most_kv if key_blocks else _even(S, most_kv)
     pieces = -(-S // piece)
     blocks = -(-pieces // min(MOST_PIECES, max(1, block_kv // most_kv)))
     return Tiling(rows, piece * -(-pieces // blocks), piece)
 
 
-def unsupported(mask: masks.Mask, heads: int, T: int, S: int, tile: Tiling, group: int):
+def unsupported(mask: masks.Mask, heads: int, kv_heads: int, T: int, S: int, tile: Tiling):
     """Why the kernels cannot do this mask, in words; None where they can."""
     if max(-(-T // tile.block_q), -(-S // tile.block_kv)) > MOST_BLOCKS:
         return f"lengths {T} and {S} of more than {MOST_BLOCKS} blocks"
     found = kinds(mask, heads, T, S, tile)
     if any(_patterns(remaining) for remaining in found.masks):
         return "a BlockPattern whose blocks are no multiples of 128"
-    if len(found.masks) > MOST_KINDS:
-        return f"a mask with {len(found.masks) - 2} kinds of partial blocks, more than 6"
-    pairs = len(plan(mask, heads, T, S, tile, group).index)
-    if pairs > MOST_PAIRS:
-        return f"a mask of {pairs} live blocks, more than {MOST_PAIRS} fit in scalar memory"
+    if parts(mask, heads, kv_heads, T, S, tile) is None:
+        return f"a mask with more live blocks than the {MOST_PAIRS} that fit in scalar memory"
     return None
+
+
+def parts(mask: masks.Mask, heads: int, kv_heads: int, T: int, S: int, tile: Tiling):
+    """In how many kernels, of as many key heads each, the pairs fit; None where in no number.
+
+    Heads that differ have pairs of their own, all of which a kernel holds; others share theirs.
+    """
+    found = kinds(mask, heads, T, S, tile)
+    live = found.state > 0
+    idle = [(~live.any(axis)).sum(1) for axis in (1, 2)]
+    pairs = live.sum((1, 2)) + np.maximum(*idle)
+    if len(pairs) == 1:
+        return 1 if pairs[0] <= MOST_PAIRS else None
+    divisors = (count for count in range(1, kv_heads + 1) if kv_heads % count == 0)
+    each = pairs[found.table]
+    fits = (count for count in divisors if each.reshape(count, -1).sum(1).max() <= MOST_PAIRS)
+    return next(fits, None)
 
 
 def _patterns(mask):
     """The BlockPatterns in a mask."""
-    if isinstance(mask, masks.BlockPattern):
+    return _find(masks.BlockPattern, mask)
+
+
+def _find(kind, mask):
+    """The masks of a kind in a mask."""
+    if isinstance(mask, kind):
         return [mask]
-    return [found for part in getattr(mask, "masks", ()) for found in _patterns(part)]
+    return [found for part in getattr(mask, "masks", ()) for found in _find(kind, part)]
 
 
 def _within(most, blocks):
@@ -146,18 +170,13 @@ class Kinds(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def kinds(mask: masks.Mask, heads: int, T: int, S: int, tile: Tiling) -> Kinds:
     """The kinds of all pieces of a mask; heads whose masks are alike share a table."""
-    mask.check(heads, T, S)
-    each = [mask.head(n) for n in range(heads)] if mask.names_heads() else [mask] * heads
-    order = {distinct: index for index, distinct in enumerate(dict.fromkeys(each))}
-    numbers, tables = {masks.Empty(): 0, masks.Full(): 1}, []
-    for distinct in order:
-        remains, states = schedule.residuals(distinct, T, S, tile.block_q, tile.piece)
-        tables.append(_number(remains, states, S, tile, numbers))
-    blocks = np.stack(tables).reshape(len(tables), len(tables[0]), -1, tile.pieces)
+    found = schedule.numbered(mask, heads, T, S, tile.block_q, tile.piece, MOST_KINDS)
+    beyond = -found.tables.shape[2] % tile.pieces
+    blocks = np.pad(found.tables, ((0, 0), (0, 0), (0, beyond)))
+    blocks = blocks.reshape(*blocks.shape[:2], -1, tile.pieces)
     state = (blocks << (SHIFT + WIDTH * np.arange(tile.pieces))).sum(-1)
-    table = np.array([order[distinct] for distinct in each])
-    corners = [_corners(kind, blocks, mask, T, S, tile) for mask, kind in numbers.items()]
-    return Kinds(state.astype(np.int32), table.astype(np.int32), tuple(numbers), tuple(corners))
+    corners = [_corners(kind, blocks, mask, T, S, tile) for kind, mask in enumerate(found.masks)]
+    return Kinds(state.astype(np.int32), found.table, found.masks, tuple(corners))
 
 
 @functools.lru_cache(maxsize=256)
@@ -217,27 +236,13 @@ def _regions(state, tile):
 def _corners(kind, blocks, mask, T, S, tile):
     """See Plan.corners; blocks are the kinds of all pieces."""
     ragged = T % tile.block_q or S % tile.piece or S % tile.block_kv
-    if kind < 2 or ragged or tile.block_q % 256 or tile.piece % 256:
+    if kind < 2 or mask.names_heads() or ragged or tile.block_q % 256 or tile.piece % 256:
         return None
     halves = mask.blocks(1, T, S, tile.block_q // 2, tile.piece // 2)[0]
     halves = halves.reshape(T // tile.block_q, 2, S // tile.piece, 2).transpose(0, 2, 1, 3)
     here = (blocks.reshape(len(blocks), *halves.shape[:2]) == kind).any(0)
     each = np.unique(halves[here].reshape(-1, 4), axis=0)
     return tuple(map(tuple, each.reshape(2, 2).tolist())) if len(each) == 1 else None
-
-
-def _number(remains, states, S, tile, numbers):
-    """Kinds [Tb, pieces of all blocks]; beyond S nothing is live, across S there is a mask."""
-    number = [_get(numbers, each) for each in remains]
-    table = np.array(number, np.int64)[states]
-    if S % tile.piece:
-        cut = [_get(numbers, each & masks.Prefix(S)) for each in remains]
-        table[:, -1] = np.array(cut, np.int64)[states[:, -1]]
-    return np.pad(table, ((0, 0), (0, -table.shape[1] % tile.pieces)))
-
-
-def _get(numbers, mask):
-    return numbers.setdefault(mask, len(numbers))
 
 
 def _pairs(states, tile, group):

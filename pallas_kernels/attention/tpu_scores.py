@@ -79,7 +79,7 @@ class Scores:
         """bool [size, count]: what mask and segment ids let through in a piece; None is all."""
         keep = None
         if kind > 1:
-            keep = self.masks[kind].element(0, *self.positions(start, size))
+            keep = self.masks[kind].element(self.at.n, *self.positions(start, size))
         if "q_ids" in self.inputs:
             of_keys = self._column(self.inputs["kv_ids"], start, size)
             same = of_keys == self.inputs["q_ids"][:, pl.ds(self.first, self.count)]

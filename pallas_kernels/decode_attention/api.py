@@ -68,7 +68,22 @@ def decode_attention(
         by name that cannot do this or, when lowered, is for another platform; a derivative.
     """
     settings = Settings(scale, softcap, window, splits)
+    arrays = q, k_cache, v_cache, lengths, pages, sinks
+    out, lse = _attend(*arrays, settings, sharding, implementation)
+    return (out, lse) if return_lse else out
+
+
+def part(
+    q, k_cache, v_cache, *, lengths, pages, scale, softcap, splits, implementation
+) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) as of `decode_attention`, out in float32 (float64): for `merge`."""
+    settings = Settings(scale, softcap, None, splits, part=True)
+    return _attend(q, k_cache, v_cache, lengths, pages, None, settings, None, implementation)
+
+
+def _attend(q, k_cache, v_cache, lengths, pages, sinks, settings, sharding, implementation):
     check(q, k_cache, v_cache, lengths, pages, sinks, settings, implementation)
+    scale, softcap, window, splits = settings[:4]
     settings = settings._replace(
         scale=float(q.shape[-1] ** -0.5 if scale is None else scale),
         softcap=None if softcap is None else float(softcap),
@@ -82,9 +97,7 @@ def decode_attention(
     if implementation == "reference":
         compute = jax.jit(reference, static_argnums=5)
     out, lse = _over_mesh(compute, q, k_cache, v_cache, lengths, pages, settings, sharding)
-    if sinks is not None:
-        out, lse = with_sinks(out, lse, sinks)
-    return (out, lse) if return_lse else out
+    return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
 
 
 def _over_mesh(compute, q, k_cache, v_cache, lengths, pages, settings, sharding):

@@ -15,7 +15,7 @@ _ROWS = 128
 
 
 def forward(q, k_cache, v_cache, lengths, pages, settings, platform="cpu"):
-    """out [B, T, N, H] in q's dtype and lse [B, N, T] in float32; see `api.decode_attention`."""
+    """out [B, T, N, H] in `settings.out_dtype` and lse [B, N, T] in float32; see `api`."""
     B, T, N, H = q.shape
     K = k_cache.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -67,7 +67,7 @@ def forward(q, k_cache, v_cache, lengths, pages, settings, platform="cpu"):
     outs, lses = jax.vmap(part)(jnp.arange(splits)) if splits > 1 else (
         x[None] for x in part(0)
     )  # fmt: skip
-    return merge(list(zip(outs, lses, strict=True)), q.dtype)
+    return merge(list(zip(outs, lses, strict=True)), settings.out_dtype(q.dtype))
 
 
 def _block(cache, pages, start, block):

@@ -48,7 +48,7 @@ def _check_settings(settings):
             _fail(name, f"a {'positive ' * positive}Python number or None, got {x!r}")
     for name in ("window", "splits"):
         x = getattr(settings, name)
-        if x is not None and not (_number(x) and x == int(x) and x >= 1):
+        if x is not None and not (_number(x) and np.isfinite(x) and x == int(x) and x >= 1):
             _fail(name, f"a positive integer or None, got {x!r}")
 
 

@@ -19,7 +19,7 @@ def reference(
     Everything is computed in float32 at the highest precision, in float64 for float64 inputs.
 
     Returns:
-      out [B, T, N, H] in q's dtype, lse [B, N, T] in float32 (float64).
+      out [B, T, N, H] in `settings.out_dtype`, lse [B, N, T] in float32 (float64).
     """
     (_, T, N, _), K = q.shape, k_cache.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -45,7 +45,7 @@ def reference(
     lse = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.where(seen[:, None], jnp.exp(scores - lse[..., None]), 0)
     out = jnp.einsum("bnts,bsnh->btnh", weights, v, precision="highest")
-    return out.astype(q.dtype), jnp.where(some, lse, -jnp.inf)
+    return out.astype(settings.out_dtype(q.dtype)), jnp.where(some, lse, -jnp.inf)
 
 
 def _contiguous(cache, pages):

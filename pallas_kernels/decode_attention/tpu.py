@@ -10,18 +10,20 @@ In HBM the heads of a key are neighbours, [page, page_size * K, H] without a cha
 stay so: one product of all N * T query rows with all heads' keys, of which each row keeps those of
 its own head. The waste, K times the products, hides behind the copies.
 
-By the laboratory (libtpu 0.0.51, bfloat16, 32 query and 8 key heads of 128, full rows; nothing was
-run): microseconds of memory / of the schedule, in brackets memory over the greater of both. The
-schedule counts the path with masks, which few blocks take, in every step.
+By the laboratory (jax 0.10.2, libtpu 0.0.52, bfloat16, 32 query and 8 key heads of 128, full rows;
+nothing was run): microseconds of memory / of the schedule, in brackets memory over the greater.
 
     case                          v5e                  v5p                v6e
-    B 32, S 8192                  1312 / 561 (1.00)    389 / 239 (1.00)   656 / 431 (1.00)
-      in pages of 16              1312 / 797 (1.00)    389 / 335 (1.00)   656 / 626 (1.00)
-      4 new tokens, 128 rows      1314 / 2295 (0.57)   389 / 593 (0.66)   657 / 1029 (0.64)
-    B 256, S 128                  169 / 120 (1.00)     50 / 50 (1.00)     85 / 91 (0.93)
+    B 32, S 8192                  1312 / 561 (1.00)    389 / 239 (1.00)   656 / 427 (1.00)
+      in pages of 16              1312 / 800 (1.00)    389 / 336 (1.00)   656 / 622 (1.00)
+      4 new tokens, 128 rows      1314 / 1297 (1.00)   389 / 565 (0.69)   657 / 956 (0.69)
+    B 256, S 128                  169 / 120 (1.00)     50 / 50 (1.00)     85 / 93 (0.90)
 
-So vector work, not memory, binds from about 100 rows N * T on. Heads of 64 are refused: XLA keeps
-such a cache in another layout and would copy all of it for each call.
+Steps of a grid whose length is known only when it runs cannot be followed, so each is charged the
+longer of its two paths, that with masks: 1154 bundles on v6e in the first row, where the other has
+826. Most blocks of a long row need no masks and take the other. Even so memory binds up to some 70
+rows N * T on v5p and v6e, and 130 on v5e, between the first row's 32 and the third's 128. Heads of
+64 are refused: XLA keeps such a cache in another layout and would copy all of it for each call.
 """
 
 import functools
@@ -73,7 +75,7 @@ def unsupported(q, k_cache, v_cache, lengths, pages, settings: Settings) -> str 
 
 
 def forward(q, k_cache, v_cache, lengths, pages, settings: Settings, interpret=False):
-    """out [B, T, N, H] in q's dtype and lse [B, N, T] in float32; see `api.decode_attention`.
+    """out [B, T, N, H] in `settings.out_dtype` and lse [B, N, T] in float32; see `api`.
 
     Args:
       q: [B, T, N, H]. k_cache, v_cache: [B, S, K, H] or [pages, page_size, K, H].
@@ -91,7 +93,7 @@ def forward(q, k_cache, v_cache, lengths, pages, settings: Settings, interpret=F
     out = out[:, :used].reshape(plan.B, plan.splits, plan.N, plan.T, plan.H)
     lse = lse[:, 0, :used].reshape(plan.B, plan.splits, plan.N, plan.T)
     parts = [(jnp.swapaxes(out[:, p], 1, 2), lse[:, p]) for p in range(plan.splits)]
-    return parts[0] if plan.splits == 1 else merge(parts, q.dtype)
+    return parts[0] if plan.splits == 1 else merge(parts, settings.out_dtype(q.dtype))
 
 
 def _query_rows(q, plan: Plan):
@@ -116,7 +118,7 @@ def _call(q, k, v, scalars, plan: Plan, interpret):
 
     by_row = lambda c, u, s: (row(c, u, s), 0, 0)  # noqa: E731
     by_batch = lambda c, u, s: (_div(row(c, u, s), plan.splits), 0, 0)  # noqa: E731
-    out_dtype = q.dtype if plan.splits == 1 else jnp.float32
+    out_dtype = plan.settings.out_dtype(q.dtype) if plan.splits == 1 else jnp.float32
     buffer = pltpu.VMEM((AHEAD + 1, plan.columns, plan.H), k.dtype)
     column = pltpu.VMEM((plan.rows, 1), jnp.float32)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)

@@ -87,7 +87,8 @@ class Case:
       flops: useful FLOPs by formula. The key is a role; in a program of several Pallas kernels, a
         part of the kernel's name ("dq", "dkv"): the longest that fits is taken before the role.
       hbm_bytes: bytes that have to cross HBM, by formula, with the same keys.
-      peers: role -> peer -> functions of `args` to report the fastest of; see `lab.peers`.
+      peers: role -> peer -> functions of `args` to report the fastest of; see `lab.peers`, whose
+        `megablox` no case of this package names: it is for grouped products of your own.
       targets: chips it is meant for: "v5e", "v5p", "v6e", "h200".
     """
 

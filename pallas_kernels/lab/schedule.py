@@ -212,7 +212,7 @@ def read_schedule(bundles: str, utilization: str) -> Schedule:
     """Reads the texts of the two dumps of one kernel.
 
     Raises:
-      ValueError: the dumps have another form than libtpu 0.0.51's, or do not belong together.
+      ValueError: the dumps have another form than libtpu 0.0.52's, or do not belong together.
     """
     program = _bundles(bundles)
     capacity, rows = _utilization(utilization)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import mesh
-from pallas_kernels.attention import attention, merge
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.attention import api as attention
+from pallas_kernels.attention import merge
+from pallas_kernels.decode_attention import api as decode
 from pallas_kernels.shared_prefix_attention.checks import check
 from pallas_kernels.shared_prefix_attention.reference import reference
 
@@ -57,18 +58,19 @@ def shared_prefix_attention(
     batch has one level with G = 1; a tree has a level for each depth, from the root, with as many
     prefixes as nodes. Each level is one call of `attention`, in which the queries of all sequences
     of a group, and all query heads of a key head, are rows of one product; the suffix is
-    `decode_attention`; the parts are merged in float32 by their log-sum-exps. Positions are in the
-    keys already (rotary), so nothing here depends on them.
+    `decode_attention`. The parts are made and merged in float32, by their log-sum-exps, and rounded
+    to q's dtype once. Positions are in the keys already (rotary), so nothing here depends on them.
 
-    Parts are in q's dtype before they are merged. The TPU's `attention` has heads before lengths:
-    hold prefixes as [G, K, P, H] from one step to the next and pass `jnp.swapaxes(k, 1, 2)`, which
-    costs nothing then; [G, P, K, H] in memory is transposed, read and written once more a call.
+    The TPU's `attention` has heads before lengths: hold prefixes as [G, K, P, H] from one step to
+    the next and pass `jnp.swapaxes(k, 1, 2)`, which costs nothing then; [G, P, K, H] in memory is
+    transposed, read and written once more a call.
 
     Args:
-      q: [B, T, N, H], the last T tokens of each suffix (or the T tokens that follow the prefixes).
+      q: [B, T, N, H], float32, bfloat16, float16 or float64: the last T tokens of each suffix (or
+        the T tokens that follow the prefixes).
       prefixes: the levels; k and v in q's dtype, K dividing N. Every query sees all keys of them.
       k_cache, v_cache, lengths, pages, splits: of the suffixes, as for `decode_attention`, lengths
-        counting from the suffix's start; None for no suffixes.
+        counting from the suffix's start; all None for no suffixes.
       scale: Python number; default H**-0.5.
       softcap: scores become softcap * tanh(scores / softcap).
       return_lse: return the log-sum-exp of the scores too.
@@ -86,7 +88,9 @@ def shared_prefix_attention(
       ValueError: an argument that does not fit, named with the accepted forms; a derivative where
         there are suffixes (but for "reference").
     """
-    levels = check(q, prefixes, Level, k_cache, v_cache, lengths, implementation)
+    suffixes = {"k_cache": k_cache, "v_cache": v_cache, "lengths": lengths}
+    of_them = {"pages": pages, "splits": splits}
+    levels = check(q, prefixes, Level, suffixes, of_them, scale, softcap, implementation)
     how = {"scale": scale, "softcap": softcap, "implementation": implementation}
     arrays = (q, levels, k_cache, v_cache, lengths, pages)
     if implementation == "reference":
@@ -100,15 +104,13 @@ def shared_prefix_attention(
 def _compute(q, levels, k_cache, v_cache, lengths, pages, *, splits, how):
     parts = [_level(q, level, how) for level in levels]
     if k_cache is not None:
-        own = decode_attention(
-            q, k_cache, v_cache, lengths=lengths, pages=pages, splits=splits, return_lse=True, **how
-        )
-        parts.append(own)
+        own = {"lengths": lengths, "pages": pages, "splits": splits}
+        parts.append(decode.part(q, k_cache, v_cache, **own, **how))
     return merge(parts, q.dtype)
 
 
 def _level(q, level: Level, how):
-    """(out [B, T, N, H], lse [B, N, T]) over one level's prefixes."""
+    """(out [B, T, N, H], lse [B, N, T]) over one level's prefixes, in float32 (float64)."""
     (B, T, N, _), (G, length, K, _) = q.shape, level.k.shape[:4]
     s = jnp.arange(length)
     unused = None if level.lengths is None else s >= level.lengths[:, None]
@@ -138,7 +140,7 @@ def _fold(q, k, v, G, segments, how):
     (B, T, N, H), K = q.shape, k.shape[2]
     r, g = B // G, N // K
     rows = q.reshape(G, r, T, K, g, H).transpose(0, 1, 2, 4, 3, 5).reshape(G, r * T * g, K, H)
-    out, lse = attention(rows, k, v, segment_ids=segments, return_lse=True, **how)
+    out, lse = attention.part(rows, k, v, segment_ids=segments, **how)
     out = out.reshape(G, r, T, g, K, H).transpose(0, 1, 2, 4, 3, 5).reshape(B, T, N, H)
     lse = lse.reshape(G, K, r, T, g).transpose(0, 2, 1, 4, 3).reshape(B, N, T)
     return out, lse

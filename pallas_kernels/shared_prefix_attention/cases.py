@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention.cases import EXCEPTIONS
 from pallas_kernels.decode_attention import cases as decode
 from pallas_kernels.lab import Case, Program
 from pallas_kernels.shared_prefix_attention.api import Level, shared_prefix_attention
@@ -23,15 +24,16 @@ def _units(q, k, v, *suffix):
 def case(name: str, B: int, P: int, S: int, N: int, K: int, H: int) -> Case:
     """One prefix of P keys, B suffixes of S, bfloat16, one new token each.
 
-    FLOPs 4 B N H (P + S). Bytes: prefix and suffixes once, queries, results and log-sum-exps.
+    FLOPs 4 B N H (P + S). Bytes: prefix and suffixes once, queries, and of each part, in float32,
+    results and log-sum-exps.
     """
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     prefix, suffix = of((1, K, P, H)), of((B, S, K, H))
     lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
-    rows = 4 * B * N * H + 4 * B * N
+    rows = 6 * B * N * H + 4 * B * N
     return Case(
         name=name,
-        kernels={"forward": Program(forward, live_steps=_units)},
+        kernels={"forward": Program(forward, from_vectors=EXCEPTIONS, live_steps=_units)},
         args=(of((B, 1, N, H)), prefix, prefix, suffix, suffix, lengths),
         flops={"attention_forward": 4.0 * B * N * P * H, "decode_attention": 4.0 * B * N * S * H},
         hbm_bytes={

@@ -14,7 +14,8 @@ from efficient.mixers.attention import Attention
 from efficient.mixers.s2_attention import S2Attention
 from efficient.planning.flops import count_flops
 from efficient.training import experiment
-from pallas_kernels.attention import Causal, attention
+from pallas_kernels.attention import Causal, attention, gpu, patterns, tpu
+from pallas_kernels.attention.settings import Settings
 
 
 def rule(shard, t, s, *, stride, block, local=1):
@@ -87,6 +88,21 @@ def test_work_is_that_of_the_live_blocks(backward):
     share = sum(live) / (heads * count * (count + 1) / 2)
     assert flops(mixer.mask) / flops(Causal()) == pytest.approx(share)
     assert share == pytest.approx(0.421, abs=1e-3)
+
+
+@pytest.mark.parametrize("kernel", [tpu, gpu], ids=["tpu", "hopper"])
+@pytest.mark.parametrize("length", [1000, 2048, 16384])
+def test_the_kernels_take_the_mask(length, kernel):
+    """Of the mixer and of the pattern as they are by default, and in blocks of any size."""
+    mixer = mixer_numpy.build("s2_attention", heads=16, width=64, stride=8)
+    masks = [mixer.mask]
+    for heads, stride in ((16, 8), (16, 16), (8, 4), (4, 4)):
+        masks.append(patterns.s2_attention(heads, stride=stride))
+        for block in (16, 48, 64):
+            masks.append(patterns.s2_attention(heads, stride=stride, block=block, dense_heads=1))
+    for mask in masks:
+        q = jax.ShapeDtypeStruct((1, length, len(mask.masks), 64), jnp.bfloat16)
+        assert kernel.unsupported(q, q, q, None, None, None, None, Settings(mask=mask)) is None
 
 
 def test_cache_holds_what_the_head_will_see():
