@@ -127,7 +127,14 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+# `make test-slow` checks the others.
+QUICK = {"causal", "rows that see nothing", "pattern", "bias of heads", "learned sinks"}
+QUICK |= {"segments", "dropout", "everything"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in OPTIONS]
+)
 def test_every_option_and_gradient(name):
     options = dict(OPTIONS[name])
     B, T, S = SHAPE[:3]

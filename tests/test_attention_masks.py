@@ -123,6 +123,7 @@ def test_schedule_visits_what_is_seen_once(case, transpose):
         np.testing.assert_array_equal(pairs[:, 3], np.diff(outer, append=-1) != 0)
 
 
+@pytest.mark.slow
 @given(cases(), st.sampled_from([3, 5, 8, 64]))
 @settings(max_examples=200, deadline=None)
 def test_kinds_of_blocks_are_the_mask_however_few_there_may_be(case, most):

@@ -144,6 +144,7 @@ def test_equals_numpy(implementation, block, M, name):
     compare(found, expected(arrays, RAGGED, activation, weight), 3e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     shape=strategies.tuples(strategies.integers(1, 5), strategies.integers(1, 5)),

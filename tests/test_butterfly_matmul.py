@@ -188,6 +188,7 @@ def test_complex_gradients_and_float64():
         compare(found, expected(*arrays, False), 1e-14)
 
 
+@pytest.mark.slow
 def test_bfloat16_error_is_at_most_twice_that_of_rounded_stages():
     x, twiddle, dy = make(6, 0, (64,), jnp.bfloat16)
     y = x.reshape(64, -1)

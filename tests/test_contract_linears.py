@@ -43,13 +43,13 @@ ROWS: dict[str, list[dict]] = {
 # technique -> parameters that a plain call does not read
 NOT_READ = {"matryoshka_heads": r".*_4"}  # heads of prefixes, which serve an objective
 NO_MATRIX = {"pattention"}
-CASES = [  # `make test-slow` checks the second rows of a technique
+CASES = [  # `make test-slow` checks the second rows of a technique, and those without a bias
     pytest.param(
         name,
         arguments,
         bias,
         id=f"{name}-{i}-{'bias' if bias else 'no_bias'}",
-        marks=[pytest.mark.slow] * (i > 0),
+        marks=[pytest.mark.slow] * (i > 0 or not bias),
     )
     for name, rows in ROWS.items()
     for i, arguments in enumerate(rows)

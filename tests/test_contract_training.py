@@ -185,6 +185,7 @@ def test_means_of_parts_by_their_weights_are_those_of_the_whole(loss):
     np.testing.assert_allclose(mean, value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_objective_on_eight_devices_equals_one(loss):
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
     spread = NamedSharding(mesh, PartitionSpec("data"))

@@ -34,6 +34,11 @@ CASES = {
     "gemma": common.gemma(4, 1, 16, 64),
 }
 
+QUICK = {"window", "grouped", "gpt2"}  # `make test-slow` checks the others
+EVERY = pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in QUICK)) for c in CASES]
+)
+
 
 def build(rules, depth=6, scan_from=6, **sizes):
     sizes = {"vocab_size": 16, "width": WIDTH, "depth": depth, "max_length": LENGTH, **sizes}
@@ -56,7 +61,7 @@ def tokens(batch=2, length=LENGTH, seed=1):
 
 
 @pytest.mark.parametrize("scan_from", [6, 100])
-@pytest.mark.parametrize("case", CASES)
+@EVERY
 def test_one_token_at_a_time_equals_all_at_once(case, scan_from):
     model = build(CASES[case], scan_from=scan_from)
     assert (len(model.blocks.spans) == 1) == (scan_from == 6)
@@ -79,7 +84,7 @@ def test_one_token_at_a_time_equals_all_at_once(case, scan_from):
     np.testing.assert_allclose(single, whole, rtol=2e-4, atol=2e-4 * float(jnp.abs(whole).max()))
 
 
-@pytest.mark.parametrize("case", CASES)
+@EVERY
 def test_no_token_sees_the_future_or_another_document(case):
     model = build(CASES[case], depth=2)
     bound = model_lib.bind(model, draw(model))

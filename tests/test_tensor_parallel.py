@@ -90,7 +90,7 @@ def test_splits_that_are_refused():
             monarch_matmul(x, right, left, **how)
 
 
-@pytest.mark.parametrize("name", LINEARS)
+@pytest.mark.parametrize("name", ["monarch", pytest.param("low_rank", marks=pytest.mark.slow)])
 def test_a_step_of_eight_devices_is_that_of_one(name):
     found = []
     for mesh, devices in (({"data": 1}, jax.devices()[:1]), (MESH, jax.devices())):

@@ -61,6 +61,7 @@ def test_contours_have_the_generator_s_geometry():
         assert drawing.dashes.max() <= 30
 
 
+@pytest.mark.slow
 def test_labels_are_balanced_and_images_show_ink():
     source = make_source("pathfinder", "train", form="image")
     examples = [source[i] for i in range(100)]

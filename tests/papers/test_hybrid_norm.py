@@ -81,6 +81,7 @@ def test_block_equals_numpy(pre_norm):
     np.testing.assert_allclose(run(module, values, x), expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_gradient_equals_finite_differences_of_numpy(pre_norm):
     module = block(pre_norm)

@@ -86,6 +86,7 @@ def test_mixer_equals_numpy(grid, raft):
     np.testing.assert_allclose(run(module, values, x, grid), expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradients_equal_finite_differences_of_numpy():
     grid, raft = (3, 4), 2
     module = raft_mixer(grid, raft)
