@@ -255,7 +255,7 @@ def test_attention_errs_no_more_than_twice_naive_attention(drawn):
 
 
 @pytest.mark.slow
-@settings(QUICK, max_examples=40)
+@settings(QUICK, max_examples=25)
 @given(calls())
 def test_attention_errs_no_more_than_twice_naive_attention_at_length(drawn):
     errs_no_more_than_twice_naive_attention(drawn)

@@ -538,6 +538,7 @@ COMPILED = {
     "head_80_ragged": {"H": 80, "T": 300, "S": 1100, "mask": Causal(800)},
     "head_192": {"H": 192, "mask": Causal()},
     "head_256": {"H": 256, "T": 2048},
+    "head_256_gqa_of_4096": {"H": 256, "T": 4096, "N": 8, "K": 2},
     "head_256_bias_of_4096": {"H": 256, "T": 4096, "extra": ("bias",)},
     "float32": {"dtype": jnp.float32, "mask": Causal()},
     "float32_head_256": {"dtype": jnp.float32, "H": 256, "T": 1024},

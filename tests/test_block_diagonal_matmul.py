@@ -425,8 +425,8 @@ def test_compiles():
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "target"), enumerate(["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]))
 def test_cases_compile(first, target):
-    """Every case for one of the chips; the laboratory compiles each for all of them."""
-    compile_cases(target, [case.name for case in cases.CASES[first::3]])
+    """Every second case for one of the chips; the laboratory compiles each for all of them."""
+    compile_cases(target, [case.name for case in cases.CASES[first::6]])
 
 
 # ---- layout, wrong input

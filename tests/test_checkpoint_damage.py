@@ -129,8 +129,8 @@ def test_killed_in_the_middle_of_saving(tmp_path, seed, capsys):
 
 @pytest.mark.slow
 def test_killed_at_many_moments(tmp_path, capsys):
-    for i in range(16):
-        told = kill_while_saving(tmp_path / str(i), 0.03 * i)
+    for i in range(10):
+        told = kill_while_saving(tmp_path / str(i), 0.05 * i)
         check_killed(tmp_path / str(i), told, capsys)
 
 
