@@ -1,7 +1,7 @@
 """Eight fake CPU devices for every test, and public functions checked against their shapes.
 
 Programs of the tests are small and mostly compiled for one call: LLVM does not optimize them,
-which takes a third off the time of all tests. The configs' smoke runs, the notebook and the
+which took a third off the CPU time of three files. The configs' smoke runs, the notebook and the
 laboratory are compiled as users compile them.
 """
 
