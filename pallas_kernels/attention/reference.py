@@ -61,6 +61,8 @@ def reference(
         of_q, of_kv = segment_ids
         seen &= (of_q[:, :, None] == of_kv[:, None, :])[:, None]
 
+    if bias is not None:
+        seen = seen & (scores != -jnp.inf)  # what a bias hides is not seen either
     weights, lse = _softmax(scores, seen, sinks)
     if dropout_rate:
         seed_0, seed_1 = dropout_seeds[..., 0, None, None], dropout_seeds[..., 1, None, None]
@@ -72,7 +74,6 @@ def reference(
 
 def _softmax(scores, seen, sinks):
     """Weights of what is seen, and the log-sum-exp, without a NaN in value or gradient."""
-    seen = seen & (scores != -jnp.inf)  # what a bias hides is not seen either
     some = jnp.any(seen, axis=-1)
     scores = jnp.where(seen, scores, -jnp.inf)
     # A row that sees nothing is computed as if it saw everything at score 0, then discarded.
