@@ -420,7 +420,10 @@ def _gradients(q, k, v, dout, extra, **options):
         return attention(q, k, v, **extra, **options)
 
     out, pull = jax.vjp(attend, q, k, v, extra)
-    return out, pull(dout)[:3]
+    *gradients, of_extra = pull(dout)
+    # All of them, or else JAX may drop the kernel of the bias; integers have none.
+    real = {name: extra[name].dtype.kind == "f" for name in extra}
+    return out, gradients, {name: g for name, g in of_extra.items() if real[name]}
 
 
 BOTH = ["forward", "backward"]
