@@ -48,6 +48,7 @@ def defaults() -> ConfigDict:
             "compute_dtype": "float32",
             "accumulate": 1,  # microbatches a step
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1, "expert": 1, "pipeline": 1},
+            "sequence": {"name": "ring"},  # how attention crosses a sequence split by mesh.sequence
             "placement": [],  # [{at: pattern, spec: [mesh axis or None, ...]}] before the defaults
             "init_from": "",  # workdir of another run whose parameters to start from
             "log_every": 20,

@@ -31,8 +31,9 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "schedule": ("schedules", ("total_steps",)),
     "surgery": ("surgery", ()),
     "selection": ("selection", ()),
+    "sequence": ("parallel", ()),
 }
-DECLARATIONS = ("causal", "segments", "decode", "grid", "straight_through")
+DECLARATIONS = ("causal", "segments", "decode", "grid", "sequence", "straight_through")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,8 @@ def register(kind: str, name: str, **declares) -> Callable:
       **declares: what the technique can and cannot do, read by hosts and by the contract tests:
         `causal` (tuple of allowed values; default both), `segments` (False: packed sequences would
         leak, so they are refused), `decode` (False: no one-token form), `grid` (True: needs a
-        two-dimensional layout of tokens), `straight_through` (True: its gradient is not the slope
+        two-dimensional layout of tokens), `sequence` (True: works on sequences that are split over
+        devices), `straight_through` (True: its gradient is not the slope
         of what it computes).
 
     Raises:

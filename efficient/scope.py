@@ -6,6 +6,7 @@ Nothing is allocated: a `param` is a shape, a dtype and an initializer until `ef
 
 import dataclasses
 import difflib
+import functools
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -79,10 +80,9 @@ class Context:
       progress: float32 scalar, training step over total steps; techniques ramp on it.
       train: whether the model is being trained (static).
       grid: (height, width) of the tokens of an image (static), None for sequences.
-      activations: how the leading axis of activations lies on the mesh (static).
-      heads: how [B, T, N, H] does, whose heads the mesh may split too (static).
       placement: the rules by which arrays lie on the mesh (static), `parallel.placement.Placement`;
         None where there is none.
+      permuted: whether tokens lie in the order of `placement.sequence`, not by position (static).
     """
 
     positions: Int[Array, "B T"] | None = None
@@ -91,29 +91,24 @@ class Context:
     progress: Float[Array, ""] | float = 0.0
     train: bool = dataclasses.field(default=False, metadata={"static": True})
     grid: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
-    activations: jax.sharding.NamedSharding | None = dataclasses.field(
-        default=None, metadata={"static": True}
-    )
-    heads: jax.sharding.NamedSharding | None = dataclasses.field(
-        default=None, metadata={"static": True}
-    )
     placement: Any = dataclasses.field(default=None, metadata={"static": True})
+    permuted: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def place(self, x: Array) -> Array:
-        """Keeps activations split along the batch, so that it is parameters that travel."""
-        if self.activations is None or self.activations.mesh.size == 1:
-            return x
-        return jax.lax.with_sharding_constraint(x, self.activations)
+    def place(self, x: Array, kind: str = "tokens", gradient: str | None = None) -> Array:
+        """Keeps activations where the rules have them, so that it is parameters that travel.
 
-    def of_heads(self, count: int) -> jax.sharding.NamedSharding | None:
-        """How `count` heads lie on the mesh; whole where it does not divide them."""
-        if self.heads is None or self.heads.mesh.size == 1:
+        Args:
+          kind: of `Placement.activation`.
+          gradient: of the derivative, where that is to lie otherwise.
+        """
+        layouts = self.layout(kind, x.shape), self.layout(gradient or kind, x.shape)
+        return x if None in layouts else _placed(layouts, x)
+
+    def layout(self, kind: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding | None:
+        """How activations of this kind and shape lie on the mesh; None on a single device."""
+        if self.placement is None or self.placement.mesh.size == 1:
             return None
-        batch, _, axis, _ = self.heads.spec
-        if count % self.heads.mesh.shape[axis]:
-            axis = None
-        spec = jax.sharding.PartitionSpec(batch, None, axis, None)
-        return jax.sharding.NamedSharding(self.heads.mesh, spec)
+        return self.placement.activation(kind, shape)
 
     def features(self, name: str) -> tuple[Any, Any]:
         """The mesh axes that split the inputs and outputs of the linear of that `scope.name`."""
@@ -130,6 +125,18 @@ class Context:
         if self.rng is None:
             return self
         return dataclasses.replace(self, rng=jax.random.fold_in(self.rng, index))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _placed(layouts, x):
+    """x in the first layout, its derivative in the second."""
+    return jax.lax.with_sharding_constraint(x, layouts[0])
+
+
+_placed.defvjp(
+    lambda layouts, x: (_placed(layouts, x), None),
+    lambda layouts, _, dx: (jax.lax.with_sharding_constraint(dx, layouts[1]),),
+)
 
 
 def call(module: nnx.Module, x: Array, context: Context) -> tuple[Array, dict[str, Array]]:

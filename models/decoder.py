@@ -49,7 +49,7 @@ class Decoder(nnx.Module):
         for name, size in sizes.items():
             if size < 1:
                 raise UserError(f"config.model.{name} must be 1 or more, got {size}")
-        self.max_length, self.logit_softcap = max_length, logit_softcap
+        self.max_length, self.logit_softcap, self.causal = max_length, logit_softcap, True
         self.embed = scope.fill("embedding", "embed", vocab_size, width)
         self.position = scope.fill("position", "position", width, max_length)
         blocks = [scope.fill("wiring", f"blocks/{i}", width, True) for i in range(depth)]
@@ -64,17 +64,21 @@ class Decoder(nnx.Module):
         context = dataclasses.replace(
             context, positions=batch.get("positions"), segment_ids=batch.get("segment_ids")
         )
-        x = self.position(self.embed(batch["tokens"], context), context)
+        # Whole sequences of rows first: each device looks up its part of the vocabulary.
+        x = context.place(self.embed(batch["tokens"], context), "inputs")
+        x = self.position(context.place(x), context)
         x, aux = self.blocks(x, context)
         return self.final_norm(x, context), aux
 
     def logits(self, h: Float[Array, "*B D"], context: Context) -> Float[Array, "*B V"]:
         """Float32 logits of hidden states."""
+        if h.ndim == 3:
+            h = context.place(h, "inputs", gradient="tokens")
         out = self.head(h, context) if self.head is not None else self.embed.attend(h, context)
         out = out.astype(jnp.float32)
         if self.logit_softcap is not None:
             out = self.logit_softcap * jnp.tanh(out / self.logit_softcap)
-        return out
+        return context.place(out, "logits") if out.ndim == 3 else out
 
     def __call__(self, batch: Batch, context: Context) -> Float[Array, "B T V"]:
         return self.logits(self.features(batch, context)[0], context)

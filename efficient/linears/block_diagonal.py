@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from efficient.errors import UserError
 from efficient.init import ZEROS, FanIn
-from efficient.linears.block_sparse import layout_of
+from efficient.linears.layout import layout_of
 from efficient.registry import register
 from efficient.scope import Context, Scope, param
 from pallas_kernels.block_diagonal_matmul import Stride, block_diagonal_matmul

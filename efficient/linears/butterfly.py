@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from efficient.errors import UserError
 from efficient.init import ZEROS, Normal
-from efficient.linears.block_sparse import layout_of
+from efficient.linears.layout import layout_of
 from efficient.registry import register
 from efficient.scope import Context, Scope, param
 from pallas_kernels.butterfly_matmul import butterfly_matmul

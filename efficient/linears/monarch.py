@@ -212,26 +212,25 @@ class Monarch(nnx.Module):
         bias = self.bias
         if bias is not None:
             bias = jnp.pad(bias[...].astype(dtype), (0, outputs - self.out_features))
-        rows = layout_of(x, context)
         y = monarch_matmul(
             jnp.pad(x.astype(dtype), [(0, 0)] * (x.ndim - 1) + [(0, missing)]),
             right,
             left,
             bias=bias,
-            **self._split(rows, x.ndim, context),
+            **self._split(x, context),
         )
         return y[..., : self.out_features]
 
-    def _split(self, rows: NamedSharding | None, ndim: int, context: Context) -> dict:
+    def _split(self, x: Array, context: Context) -> dict:
         """How features lie on the mesh: as a dense layer's here, where the factors divide so."""
         inputs, outputs = context.features(self.name)
+        rows = layout_of(x, context, inputs or outputs)
         (blocks, _, _), (_, inner, columns) = self.right.shape[-3:], self.left.shape[-3:]
         ways = 1 if rows is None else axes_size(rows.mesh, inputs or outputs)
         other = inner if inputs else columns
         if ways == 1 or blocks % ways or other % ways or (inputs and outputs):
-            return {"sharding": rows}
-        lead = (*rows.spec, *(None,) * ndim)[: ndim - 1]
-        split = NamedSharding(rows.mesh, PartitionSpec(*lead, inputs))
+            return {"sharding": layout_of(x, context)}
+        split = NamedSharding(rows.mesh, PartitionSpec(*rows.spec, inputs))
         return {"sharding": split, "outputs": outputs}
 
     def flops(self) -> int:

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from efficient.errors import UserError, nearest
+from efficient.parallel.sequence import attend
 from efficient.registry import register
 from efficient.scope import Context, Scope
 from pallas_kernels.attention import Causal, Full, Mask, Window, attention
@@ -35,7 +36,7 @@ def rotary(
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-@register("mixer", "attention")
+@register("mixer", "attention", sequence=True)
 class Attention(nnx.Module):
     """softmax(q k^T / sqrt(H) + mask) v with N query heads and K key-value heads.
 
@@ -100,14 +101,13 @@ class Attention(nnx.Module):
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
         q, k, v = self._project(x, positions, context)
-        y = attention(
+        y = attend(
             q,
             k,
             v,
+            context,
             mask=self.mask_for(x.shape[1]),
-            segment_ids=context.segment_ids,
             softcap=self.softcap,
-            sharding=context.of_heads(self.heads),
             implementation=self.kernel,
         )
         return self.out(y.reshape(*y.shape[:2], -1), context)

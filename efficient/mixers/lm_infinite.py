@@ -125,7 +125,7 @@ class LMInfinite(SparseAttention):
 
     def _attend(self, q, k, v, mask, context):
         return attention(
-            q, k, v, mask=mask, softcap=self.softcap, sharding=context.of_heads(self.heads),
+            q, k, v, mask=mask, softcap=self.softcap, sharding=context.layout("heads", q.shape),
             implementation=self.kernel, return_lse=True,
         )  # fmt: skip
 

@@ -37,6 +37,7 @@ class MiniSequenceLoss:
     def __call__(self, model, batch, context: Context):
         """(loss in nats a token, metrics; `weight` is the number of tokens they are means of)."""
         h, aux = model.features(batch, context)
+        h = context.place(h, "inputs", gradient="tokens")  # once, not in every piece
         targets, weights = batch["targets"], token_weights(batch)
         weights = jnp.ones(targets.shape) if weights is None else weights
         weights = jnp.broadcast_to(weights.astype(jnp.float32), targets.shape)

@@ -1,7 +1,8 @@
 """Placement on a mesh by rules: which axis of which array is split over which devices.
 
-A rule is {at: pattern over parameter paths, spec: [mesh axis | None | [axes], ...]}, first match
-wins; the config's rules come before `DEFAULTS`. No model file names a mesh axis.
+A rule is {at: pattern over paths, spec: [mesh axis | None | [axes], ...]}, first match wins; the
+config's rules come before `DEFAULTS`. Paths are those of parameters and of `ACTIVATIONS`. No model
+file names a mesh axis.
 """
 
 import dataclasses
@@ -18,30 +19,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efficient.errors import UserError, nearest
 from efficient.model import layers_of
+from efficient.parallel import megatron
 
 # The slowest-varying axis first: neighbours on the interconnect serve the axes that talk most.
 AXES = ("pipeline", "data", "fsdp", "expert", "sequence", "tensor")
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = megatron.BATCH_AXES
 
-_COLUMN, _ROW = r".*/(q|k|v|up|gate)(/base)?", r".*/(out|down)(/base)?"
-# Megatron's column and row splits, crossed with fully sharded data parallelism.
-DEFAULTS: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    (rf"{_COLUMN}/kernel", ("fsdp", "tensor")),
-    (rf"{_ROW}/kernel", ("tensor", "fsdp")),
-    (rf"{_COLUMN}/bias", ("tensor",)),
-    # The same splits of Monarch's factors (see pallas_kernels/monarch_matmul/split.py) and of two
-    # thin ones, between which a column split has no sum and a row split one of the rank's size.
-    (rf"{_COLUMN}/right", ("tensor", "fsdp")),
-    (rf"{_COLUMN}/left", (None, "fsdp", "tensor")),
-    (rf"{_ROW}/right", ("tensor", "fsdp")),
-    (rf"{_ROW}/left", (None, "tensor", "fsdp")),
-    (rf"{_COLUMN}/down", ("fsdp",)),
-    (rf"{_COLUMN}/up", ("fsdp", "tensor")),
-    (rf"{_ROW}/down", ("tensor", "fsdp")),
-    (rf"{_ROW}/up", (None, "fsdp")),
-    (r"embed/table", ("tensor", "fsdp")),
-    (r"head/kernel", ("fsdp", "tensor")),
-)
+DEFAULTS: tuple[tuple[str, tuple[Any, ...]], ...] = megatron.RULES
+ACTIVATIONS = tuple(f"activations/{kind}" for kind in ("tokens", "inputs", "heads", "logits"))
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | np.ndarray | None = None) -> Mesh:
@@ -79,13 +64,20 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | np.ndarray | No
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """The mesh and the rules by which arrays lie on it."""
+    """The mesh, the rules by which arrays lie on it, and how attention crosses a split sequence.
+
+    Attributes:
+      sequence: the technique of `config.sequence`; see `parallel.sequence`.
+    """
 
     mesh: Mesh
     rules: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    sequence: Any = None
 
     @classmethod
-    def parse(cls, mesh: Mesh, entries: Sequence[Mapping[str, Any]]) -> "Placement":
+    def parse(
+        cls, mesh: Mesh, entries: Sequence[Mapping[str, Any]], sequence: Any = None
+    ) -> "Placement":
         rules = []
         for i, entry in enumerate(entries):
             where = f"config.placement[{i}]"
@@ -98,14 +90,14 @@ class Placement:
             except (re.error, TypeError) as error:
                 raise UserError(f"{where}: '{entry['at']}' is no pattern: {error}") from None
             spec = tuple(tuple(s) if isinstance(s, list | tuple) else s for s in entry["spec"])
-            for axis in _axes(spec):
+            for axis in axes_of(spec):
                 if axis not in AXES:
                     hint = nearest(str(axis), AXES)
                     raise UserError(f"{where}: no mesh axis {axis!r}; {hint}")
-            if len(set(_axes(spec))) < len(_axes(spec)):
+            if len(set(axes_of(spec))) < len(axes_of(spec)):
                 raise UserError(f"{where}: a mesh axis can split one dimension only; got {spec}")
             rules.append((entry["at"], spec))
-        return cls(mesh, tuple(rules))
+        return cls(mesh, tuple(rules), sequence)
 
     def spec(self, path: str) -> tuple[Any, ...] | None:
         """The rule's spec for an unstacked path; None where no rule speaks of it."""
@@ -113,6 +105,7 @@ class Placement:
 
     def check_all_matched(self, paths: Sequence[str]) -> None:
         """A placement rule of the config that matches nothing is a mistake."""
+        paths = [*paths, *ACTIVATIONS]
         for i, (at, _) in enumerate(self.rules):
             if not any(re.fullmatch(at, p) for p in paths):
                 hint = nearest(at, {re.sub(r"/\d+/", "/0/", p) for p in paths})
@@ -135,7 +128,7 @@ class Placement:
         """Where one layer's array lies once it is gathered from the axes that split the batch."""
         layers = layers_of(path)
         spec = self.sharding(layers[0], shape[len(layers) > 1 :]).spec
-        keep = [tuple(a for a in _axes((entry,)) if a not in BATCH_AXES) for entry in spec]
+        keep = [tuple(a for a in axes_of((entry,)) if a not in BATCH_AXES) for entry in spec]
         return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in keep)))
 
     def _largest(self, dims: tuple[int, ...]) -> tuple[Any, ...]:
@@ -151,7 +144,7 @@ class Placement:
         """`axis` where it divides the dimension; a default that does not is left out."""
         if axis is None:
             return None
-        ways = math.prod(self.mesh.shape[a] for a in _axes((axis,)))
+        ways = math.prod(self.mesh.shape[a] for a in axes_of((axis,)))
         if size % ways == 0:
             return axis
         if any(re.fullmatch(at, layers_of(path)[0]) for at, _ in self.rules):
@@ -159,7 +152,31 @@ class Placement:
                 f"placement of {path}: {axis!r} has {ways} devices, which do not divide"
                 f" the dimension {size}"
             )
-        return None
+        # Of several axes the last ones are left out.
+        return self._divides(path, axis[:-1], size) if len(axes_of((axis,))) > 1 else None
+
+    def activation(self, kind: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where activations of this shape lie.
+
+        Args:
+          kind: `tokens` [B, T, D], `inputs` of mixers, channels and the head [B, T, D], `heads`
+            [B, T, N, H] or `logits` [B, T, V].
+          shape: of all axes or of the leading ones.
+
+        Raises:
+          UserError: T is no multiple of the sequence axis.
+        """
+        path = f"activations/{kind}"
+        spec = self.spec(path) or ()
+        ways = self.mesh.shape["sequence"]
+        if len(shape) > 1 and ways > 1 and shape[1] % ways:
+            raise UserError(
+                f"a sequence of {shape[1]} tokens does not divide over config.mesh.sequence={ways};"
+                " change the length of the data or the mesh"
+            )
+        spec = [self._divides(path, axis, n) for axis, n in zip(spec, shape, strict=False)]
+        split = (tuple(a for a in axes_of((entry,)) if self.mesh.shape[a] > 1) for entry in spec)
+        return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in split)))
 
     def features(self, path: str) -> tuple[Any, Any]:
         """The model axes that split the inputs and the outputs of the linear at an unstacked path.
@@ -169,7 +186,7 @@ class Placement:
         """
         spec = (*(self.spec(f"{path}/kernel") or ()), None, None)[:2]
         kept = (
-            tuple(a for a in _axes((s,)) if a not in BATCH_AXES and self.mesh.shape[a] > 1)
+            tuple(a for a in axes_of((s,)) if a not in BATCH_AXES and self.mesh.shape[a] > 1)
             for s in spec
         )
         inputs, outputs = (axes[0] if len(axes) == 1 else axes or None for axes in kept)
@@ -181,18 +198,13 @@ class Placement:
 
     @functools.cached_property
     def batch(self) -> NamedSharding:
-        """The leading axis of a batch and of activations, over data and fsdp."""
+        """The leading axis of a batch of data, over data and fsdp."""
         return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
-
-    @functools.cached_property
-    def heads(self) -> NamedSharding:
-        """Queries, keys and values [B, T, N, H]: the batch as above, the heads over tensor."""
-        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, None, "tensor", None))
 
     @property
     def named_axes(self) -> set[str]:
         """The mesh axes that the config's own rules name."""
-        return {axis for _, spec in self.rules for axis in _axes(spec)}
+        return {axis for _, spec in self.rules for axis in axes_of(spec)}
 
     @property
     def batch_ways(self) -> int:
@@ -227,7 +239,8 @@ class Placement:
         return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def _axes(spec: Sequence[Any]) -> list[str]:
+def axes_of(spec: Sequence[Any]) -> list[str]:
+    """The mesh axes that a spec names."""
     flat = []
     for entry in spec:
         flat.extend(entry if isinstance(entry, tuple) else [entry])

@@ -101,6 +101,19 @@ def check_data(rules: Rules, spec: Mapping[str, Any], config: ConfigDict) -> Non
             )
 
 
+def check_sequence(rules: Rules) -> None:
+    """Refuses mixers that want a whole sequence on each device."""
+    for path, technique in rules.used:
+        if technique.kind == "mixer" and not technique.declares.get("sequence"):
+            names = ", ".join(
+                t.name for t in registry.techniques("mixer") if t.declares.get("sequence")
+            )
+            raise UserError(
+                f"{technique.name!r} at {path} wants whole sequences; set config.mesh.sequence=1"
+                f" or use a mixer that does without: {names}"
+            )
+
+
 def check_selections(phases: Sequence["Phase"], spec: Mapping[str, Any]) -> None:
     """Refuses a selection of examples that lack what it scores by (its `needs`)."""
     for phase in phases:

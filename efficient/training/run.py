@@ -88,7 +88,9 @@ class Run:
         self.config = config
         self.train_source = data_lib.make_source(split="train", **config.data)
         self.eval_source = data_lib.make_source(split="eval", **config.data)
-        self.placement = Placement.parse(make_mesh(config.mesh, devices), config.placement)
+        sequence = experiment.make("sequence", dict(config.sequence), "config.sequence")
+        mesh = make_mesh(config.mesh, devices)
+        self.placement = Placement.parse(mesh, config.placement, sequence)
         self.dtype = experiment.compute_dtype(config)
         self.base, self.rules = experiment.build_model(config, self.train_source.facts)
         experiment.check_data(self.rules, self.train_source.spec, config)
@@ -117,7 +119,9 @@ class Run:
 
     def _check_axes(self) -> None:
         """Refuses an axis that nothing is split over: its devices would repeat the same work."""
-        named = {"data", "fsdp", "tensor", *self.placement.named_axes}
+        if self.placement.mesh.shape["sequence"] > 1:
+            experiment.check_sequence(self.rules)
+        named = {"data", "fsdp", "sequence", "tensor", *self.placement.named_axes}
         for axis, size in self.placement.mesh.shape.items():
             if size > 1 and axis not in named:
                 raise UserError(

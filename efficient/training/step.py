@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from efficient import model as model_lib
 from efficient.parallel.placement import Placement
+from efficient.parallel.sequence import arrange
 from efficient.scope import Context
 from efficient.training.experiment import Phase
 
@@ -58,13 +59,9 @@ def make_train_step(
     def loss_fn(trained, params, buffers, batch, rng, progress):
         arrays = cast({**params, **trained}, dtype) | buffers
         model = model_lib.bind(phase.stacked, arrays)
+        batch, permuted = arrange(batch, model, placement)
         context = Context(
-            rng=rng,
-            progress=progress,
-            train=True,
-            activations=placement.batch,
-            heads=placement.heads,
-            placement=placement,
+            rng=rng, progress=progress, train=True, placement=placement, permuted=permuted
         )
         loss, metrics = phase.objective(model, batch, context)
         return loss, (metrics, model_lib.state_of(model))
@@ -150,12 +147,8 @@ def make_eval_step(phase: Phase, placement: Placement, dtype) -> Callable:
 
     def eval_step(params, buffers, batch):
         model = model_lib.bind(phase.stacked, cast(params, dtype) | buffers)
-        context = Context(
-            progress=1.0,
-            activations=placement.batch,
-            heads=placement.heads,
-            placement=placement,
-        )
+        batch, permuted = arrange(batch, model, placement)
+        context = Context(progress=1.0, placement=placement, permuted=permuted)
         return phase.objective(model, batch, context)[1]
 
     return jax.jit(eval_step, out_shardings=placement.replicated)

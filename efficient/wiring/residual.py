@@ -37,14 +37,14 @@ class Block(nnx.Module):
         aux: dict[str, Array] = {}
 
         def mix(y):
-            y, more = call(self.mixer, y, context)
+            y, more = call(self.mixer, _enter(y, context), context)
             aux.update(more)
-            return y
+            return _leave(y, context)
 
         def transform(y):
-            y, more = call(self.channel, y, context)
+            y, more = call(self.channel, _enter(y, context), context)
             aux.update(more)
-            return y
+            return _leave(y, context)
 
         return self.wire(x, mix, transform, context), aux
 
@@ -132,6 +132,16 @@ class SandwichNorm(Block):
     def wire(self, x, mix, transform, context):
         x = x + self.mixer_out_norm(mix(self.mixer_norm(x, context)), context)
         return x + self.channel_out_norm(transform(self.channel_norm(x, context)), context)
+
+
+def _enter(y: Array, context: Context) -> Array:
+    """From where residuals lie to what a sublayer reads, and its derivative back."""
+    return context.place(y, "inputs", gradient="tokens")
+
+
+def _leave(y: Array, context: Context) -> Array:
+    """The reverse, so that sums over devices end in the parts of the residual."""
+    return context.place(y, "tokens", gradient="inputs")
 
 
 def _scaled(x: Array, scale: nnx.Param | None) -> Array:

@@ -100,11 +100,35 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def part(q, k, v, *, segment_ids, scale, softcap, implementation) -> tuple[jax.Array, jax.Array]:
+def part(
+    q, k, v, *, segment_ids, scale, softcap, implementation, mask=Full()
+) -> tuple[jax.Array, jax.Array]:
     """(out, lse) as of `attention`, out in float32 (float64): for `merge`. Checks nothing."""
-    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
-    settings = Settings(scale=scale, softcap=softcap and float(softcap), part=True)
+    settings = _part_settings(q, mask, scale, softcap)
     return _attend(implementation, q, k, v, None, None, segment_ids, None, settings)
+
+
+def part_gradients(
+    q, k, v, out, lse, dout, *, segment_ids, scale, softcap, implementation, mask=Full()
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What some of the keys contribute to (dq, dk, dv) of attention over all. Checks nothing.
+
+    Weights are computed again from the log-sum-exp over all keys: summed over disjoint sets of keys
+    this is the gradient, exactly.
+
+    Args:
+      k, v: [B, S, K, H], some of the keys.
+      out, lse, dout: of attention over all of them (`merge`), and the cotangent of out.
+      segment_ids: a pair, of the queries and of these keys, or None. Others: as in `part`.
+    """
+    arrays = q, k, v, None, None, segment_ids, None, out, lse, dout, jnp.zeros_like(lse)
+    settings = _part_settings(q, mask, scale, softcap)
+    return dispatch.run("backward", implementation, settings, *arrays)[:3]
+
+
+def _part_settings(q, mask, scale, softcap):
+    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
+    return Settings(mask=mask, scale=scale, softcap=softcap and float(softcap), part=True)
 
 
 def _reference(_, q, k, v, bias, alibi, segment_ids, seeds, settings):
