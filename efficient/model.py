@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from efficient.errors import UserError, nearest
 from efficient.scope import Context, call
+from pallas_kernels.mesh import constrain
 
 Arrays = dict[str, Array]
 # What a block's backward pass need not compute again, by the name of `model.remat`.
@@ -46,17 +47,39 @@ class Stack(nnx.Module):
 
     def __call__(self, x: Array, context: Context) -> tuple[Array, dict[str, Array]]:
         """[B, T, D] -> [B, T, D] and the auxiliary outputs of all layers."""
+        if context.run_stack is not None:
+            return context.run_stack(self, x, context)
         totals: dict[str, Array] = {}
         for block, span in zip(self.blocks, self.spans, strict=True):
             if span[1] - span[0] == 1:
                 x, aux = self._one(block, x, context.layer(span[0]))
                 aux = {name: value[None] for name, value in aux.items()}
             else:
-                x, aux = self._scan(block, span, x, context)
-            for name, values in aux.items():
-                share = 1.0 if name.startswith("loss/") else 1.0 / len(self)
-                totals[name] = totals.get(name, 0.0) + share * values.sum()
+                stacked = {p: v[...] for p, v in walk(block)}
+                x, aux, updated = self._scan(block, jnp.arange(*span), stacked, x, context)
+                _assign(block, updated)
+            for name, value in self._shares(aux).items():
+                totals[name] = totals.get(name, 0.0) + value
         return x, totals
+
+    def part(
+        self, arrays: Mapping[str, Array], first: Array | int, x: Array, context: Context
+    ) -> tuple[Array, dict[str, Array]]:
+        """Some layers of a stack whose blocks are all alike, and their share of the totals.
+
+        Args:
+          arrays: the layers' arrays, stacked, by their paths within a block.
+          first: number of the first layer.
+        """
+        (block,) = self.blocks
+        layers = first + jnp.arange(len(next(iter(arrays.values()))))
+        x, aux, _ = self._scan(block, layers, arrays, x, context)
+        return x, self._shares(aux)
+
+    def _shares(self, aux: Mapping[str, Array]) -> dict[str, Array]:
+        """Sums over layers of losses, and of metrics the layers' part of the mean over all."""
+        whole = {name: name.startswith("loss/") for name in aux}
+        return {n: (1.0 if whole[n] else 1.0 / len(self)) * a.sum() for n, a in aux.items()}
 
     def _one(self, block, x, context):
         arrays = {p: v[...] for p, v in walk(block)}
@@ -68,19 +91,15 @@ class Stack(nnx.Module):
         _assign(block, updated)
         return x, aux
 
-    def _scan(self, block, span, x, context):
-        stacked = {p: v[...] for p, v in walk(block)}
-
+    def _scan(self, block, layers, stacked, x, context):
         def body(x, layer):
             index, arrays = layer
             x, aux, updated = self._apply(block, arrays, x, context.layer(index))
             return x, (aux, updated)
 
-        layers = (jnp.arange(*span), stacked)
         body = checkpointed(body, self.remat, in_scan=True)
-        x, (aux, updated) = jax.lax.scan(body, x, layers)
-        _assign(block, updated)
-        return x, aux
+        x, (aux, updated) = jax.lax.scan(body, x, (layers, stacked))
+        return x, aux, updated
 
     @staticmethod
     def _apply(block, arrays, x, context):
@@ -206,7 +225,7 @@ def gathered(module: nnx.Module) -> nnx.Module:
         sharding = variable.get_metadata("gathered", None)
         if sharding is None or RANGE.search(path):
             return variable[...]
-        return jax.lax.with_sharding_constraint(variable[...], sharding)
+        return constrain(variable[...], sharding)
 
     return bind(module, {p: gather(p, v) for p, v in walk(module)})
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient import registry
 from efficient.errors import UserError, nearest
+from pallas_kernels.mesh import constrain
 
 # What fills a slot that no rule speaks of.
 DEFAULTS = {
@@ -83,6 +84,8 @@ class Context:
       placement: the rules by which arrays lie on the mesh (static), `parallel.placement.Placement`;
         None where there is none.
       permuted: whether tokens lie in the order of `placement.sequence`, not by position (static).
+      run_stack: (stack, x, context) -> (y, aux), called in place of a stack of blocks (static);
+        pipelines cut a model there.
     """
 
     positions: Int[Array, "B T"] | None = None
@@ -93,6 +96,7 @@ class Context:
     grid: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
     placement: Any = dataclasses.field(default=None, metadata={"static": True})
     permuted: bool = dataclasses.field(default=False, metadata={"static": True})
+    run_stack: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def place(self, x: Array, kind: str = "tokens", gradient: str | None = None) -> Array:
         """Keeps activations where the rules have them, so that it is parameters that travel.
@@ -130,12 +134,12 @@ class Context:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _placed(layouts, x):
     """x in the first layout, its derivative in the second."""
-    return jax.lax.with_sharding_constraint(x, layouts[0])
+    return constrain(x, layouts[0])
 
 
 _placed.defvjp(
     lambda layouts, x: (_placed(layouts, x), None),
-    lambda layouts, _, dx: (jax.lax.with_sharding_constraint(dx, layouts[1]),),
+    lambda layouts, _, dx: (constrain(dx, layouts[1]),),
 )
 
 

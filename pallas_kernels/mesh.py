@@ -1,6 +1,7 @@
 """The layout of queries on a mesh, for ops that run each device's sequences and heads there."""
 
 import math
+from collections.abc import Callable
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -40,6 +41,31 @@ def layout(op: str, q: jax.Array, sharding: NamedSharding | None):
 def place(x: jax.Array, mesh: Mesh, spec: P, explicit: bool) -> jax.Array:
     """On Explicit axes shard_map takes nothing that is laid out otherwise."""
     return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if explicit else x
+
+
+def shard_map(compute: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:
+    """`jax.shard_map` over all axes of the mesh that none around it is over already.
+
+    Values are not checked for how they vary over devices: a pallas_call does not say.
+    """
+    outer = jax.sharding.get_abstract_mesh()
+    axes = set(mesh.axis_names) - set(outer.manual_axes)
+    return jax.shard_map(
+        compute,
+        mesh=outer if outer.manual_axes else mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=axes,
+        check_vma=False,
+    )
+
+
+def constrain(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`with_sharding_constraint`, also within a `shard_map` over other axes of the mesh."""
+    outer = jax.sharding.get_abstract_mesh()
+    if outer.manual_axes:
+        sharding = NamedSharding(outer, sharding.spec)
+    return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
@@ -92,13 +118,7 @@ def over_rows(compute, found, x, *weights):
     spec = P(*lead, None)
     specs = (spec, *(jax.tree.map(lambda w: P(*(None,) * w.ndim), w) for w in weights))
     arrays = jax.tree.map(lambda a, s: place(a, mesh, s, explicit), (x, *weights), specs)
-    return jax.shard_map(
-        compute,
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=spec,
-        check_vma=False,  # a pallas_call does not say how its results vary
-    )(*arrays)
+    return shard_map(compute, mesh, specs, spec)(*arrays)
 
 
 def _explicit_sharding(x):

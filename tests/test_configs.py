@@ -14,7 +14,8 @@ import pytest
 from configs import common
 from efficient import model as model_lib
 from efficient.errors import UserError
-from efficient.parallel.placement import Placement, make_mesh
+from efficient.parallel.mesh import make_mesh
+from efficient.parallel.placement import Placement
 from efficient.training import experiment
 from efficient.training.run import Run
 

@@ -17,7 +17,8 @@ import models
 from configs import common
 from efficient import model as model_lib
 from efficient import registry
-from efficient.parallel.placement import Placement, make_mesh
+from efficient.parallel.mesh import make_mesh
+from efficient.parallel.placement import Placement
 from efficient.scope import Context, Rules, Scope
 from efficient.training.run import Run, Scoring, flatten, unflatten
 from efficient.training.step import cast

@@ -14,7 +14,7 @@ import tiny
 
 from configs import common
 from efficient.errors import UserError
-from efficient.parallel.placement import make_mesh
+from efficient.parallel.mesh import make_mesh
 from efficient.training import loop
 from efficient.training.run import flatten
 

@@ -43,13 +43,11 @@ def layers(key: str) -> list[str]:
 
 
 def layer_sharding(key: str, sharding: Sharding) -> Sharding:
-    """Where one layer of the stacked array `key` lives; the layer axis may not be sharded."""
+    """Where one layer of the stacked array `key` lives: as within the stack, on all its stages."""
     if not isinstance(sharding, NamedSharding):
         if isinstance(sharding, SingleDeviceSharding):
             return sharding
         raise UserError(f"{key!r} has a {type(sharding).__name__}; stacks need a NamedSharding")
-    if sharding.spec and sharding.spec[0] is not None:
-        raise UserError(f"the layer axis of {key!r} is sharded over {sharding.spec[0]!r}; use None")
     return sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
 
 

@@ -46,6 +46,7 @@ from efficient.parallel.ulysses import Layout
 from efficient.registry import register
 from pallas_kernels.attention import Full, Mask, merge
 from pallas_kernels.attention.api import part, part_gradients
+from pallas_kernels.mesh import shard_map
 
 _TEST = "tests/papers/test_lightseq.py"
 
@@ -57,7 +58,8 @@ PAPER = Paper(
             "attention over split sequences is that of one device",
             f"{_TEST}::test_values_and_gradients",
             True,
-            "values and gradients against a softmax in float64",
+            "values and gradients against a softmax in float64; at 32,768 tokens over eight devices"
+            " against one (test_long_sequences_are_those_of_one_device)",
         ),
         Claim(
             "causal work is balanced over the devices",
@@ -85,6 +87,8 @@ PAPER = Paper(
             "a device's memory falls as the number of devices grows",
             f"{_TEST}::test_memory_falls_with_the_devices",
             True,
+            "temporaries of both passes, compiled for 2, 4 and 8 CPU devices, 131,072 tokens and a"
+            " head of 128: 252, 171 and 87 MB",
         ),
         Claim(
             "up to 4.7 times less communication than Megatron-LM",
@@ -117,12 +121,11 @@ class _Ring(NamedTuple):
         """compute(self, *arrays) on each rank, with results that lie as these arrays."""
         batch, tokens, heads = self.layout[1:]
         specs = {4: self.layout.spec, 3: P(batch, heads, tokens), 2: P(batch, tokens)}
-        mapped = jax.shard_map(
+        mapped = shard_map(
             functools.partial(compute, self),
             mesh=self.layout.mesh,
             in_specs=tuple(None if x is None else specs[x.ndim] for x in arrays),
             out_specs=tuple(specs[ndim] for ndim in results),
-            check_vma=False,  # a pallas_call does not say how its results vary
         )
         return jax.jit(mapped)(*arrays)  # for a call outside of jit
 

@@ -2,7 +2,8 @@
 
 A rule is {at: pattern over paths, spec: [mesh axis | None | [axes], ...]}, first match wins; the
 config's rules come before `DEFAULTS`. Paths are those of parameters and of `ACTIVATIONS`. No model
-file names a mesh axis.
+file names a mesh axis. Of a parameter's rule `fsdp` stands for the axes that `config.scopes` gives
+to the kind of array: the parameter, its gradient or its optimizer state; see `parallel.scopes`.
 """
 
 import dataclasses
@@ -14,52 +15,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efficient.errors import UserError, nearest
 from efficient.model import layers_of
 from efficient.parallel import megatron
+from efficient.parallel.mesh import AXES
+from efficient.parallel.scopes import DEFAULT, ORDER, Scopes, axes_of, scoped
 
-# The slowest-varying axis first: neighbours on the interconnect serve the axes that talk most.
-AXES = ("pipeline", "data", "fsdp", "expert", "sequence", "tensor")
 BATCH_AXES = megatron.BATCH_AXES
 
 DEFAULTS: tuple[tuple[str, tuple[Any, ...]], ...] = megatron.RULES
 ACTIVATIONS = tuple(f"activations/{kind}" for kind in ("tokens", "inputs", "heads", "logits"))
-
-
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | np.ndarray | None = None) -> Mesh:
-    """A mesh of all `AXES`, in that order; one axis may be -1 and takes what is left.
-
-    Args:
-      sizes: axis -> number of devices.
-      devices: taken in their order; by default all of `jax.devices()`, ordered by the interconnect.
-    """
-    for axis in sizes:
-        if axis not in AXES:
-            raise UserError(f"config.mesh has no axis {axis!r}; {nearest(axis, AXES)}")
-    given = devices is not None
-    devices = np.asarray(devices if given else jax.devices())
-    shape = [sizes.get(axis, 1) for axis in AXES]
-    free = [i for i, n in enumerate(shape) if n == -1]
-    if len(free) > 1 or any(n == 0 or n < -1 for n in shape):
-        wrong = {a: n for a, n in sizes.items() if n != 1}
-        raise UserError(f"config.mesh {wrong}: sizes are positive, and at most one is -1")
-    taken = math.prod(n for n in shape if n != -1)
-    if free:
-        if devices.size % taken:
-            wrong = ", ".join(f"{a}={n}" for a, n in sizes.items() if n not in (1, -1))
-            raise UserError(f"config.mesh {wrong} does not divide {devices.size} devices")
-        shape[free[0]] = devices.size // taken
-    elif taken != devices.size:
-        wrong = ", ".join(f"{a}={n}" for a, n in sizes.items() if n != 1) or "all 1"
-        raise UserError(
-            f"config.mesh ({wrong}) takes {taken} of {devices.size} devices; set one axis to -1"
-        )
-    if given or devices.flat[0].platform == "cpu":  # those of a plan are laid out as the torus is
-        return Mesh(devices.reshape(shape), AXES)
-    return Mesh(mesh_utils.create_device_mesh(shape, devices.ravel()), AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +35,21 @@ class Placement:
 
     Attributes:
       sequence: the technique of `config.sequence`; see `parallel.sequence`.
+      scopes: over which of the axes that split the batch each kind of array is split.
     """
 
     mesh: Mesh
     rules: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     sequence: Any = None
+    scopes: Scopes = DEFAULT
 
     @classmethod
     def parse(
-        cls, mesh: Mesh, entries: Sequence[Mapping[str, Any]], sequence: Any = None
+        cls,
+        mesh: Mesh,
+        entries: Sequence[Mapping[str, Any]],
+        sequence: Any = None,
+        scopes: Scopes = Scopes(),
     ) -> "Placement":
         rules = []
         for i, entry in enumerate(entries):
@@ -97,7 +70,7 @@ class Placement:
             if len(set(axes_of(spec))) < len(axes_of(spec)):
                 raise UserError(f"{where}: a mesh axis can split one dimension only; got {spec}")
             rules.append((entry["at"], spec))
-        return cls(mesh, tuple(rules), sequence)
+        return cls(mesh, tuple(rules), sequence, scopes)
 
     def spec(self, path: str) -> tuple[Any, ...] | None:
         """The rule's spec for an unstacked path; None where no rule speaks of it."""
@@ -111,8 +84,18 @@ class Placement:
                 hint = nearest(at, {re.sub(r"/\d+/", "/0/", p) for p in paths})
                 raise UserError(f"config.placement[{i}]: '{at}' matches no parameter; {hint}")
 
-    def sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Where a (possibly stacked) array lies. The layer axis of a stack is never split."""
+    def sharding(
+        self, path: str, shape: tuple[int, ...], kind: str = "parameters"
+    ) -> NamedSharding:
+        """Where a (possibly stacked) array lies. The layers of a stack are those of the stages.
+
+        Args:
+          kind: what of the parameter at this path: itself, its `gradients` or its `optimizer`.
+        """
+        return self.at_scope(path, shape, getattr(self.scopes, kind))
+
+    def at_scope(self, path: str, shape: tuple[int, ...], scope: str) -> NamedSharding:
+        """Where an array of the parameter at this path lies if it has that scope."""
         layers = layers_of(path)
         stacked = len(layers) > 1
         dims = shape[1:] if stacked else shape
@@ -121,8 +104,25 @@ class Placement:
             spec = self._largest(dims)
         elif len(spec) > len(dims):
             raise UserError(f"placement of {path}: {len(spec)} axes for shape {dims}")
+        spec = scoped(spec, scope)
         spec = [self._divides(path, axis, n) for axis, n in zip(spec, dims, strict=False)]
-        return NamedSharding(self.mesh, PartitionSpec(*([None] if stacked else []), *spec))
+        layer = ["pipeline"] if len(layers) % self.mesh.shape["pipeline"] == 0 else [None]
+        return NamedSharding(self.mesh, PartitionSpec(*(layer if stacked else []), *spec))
+
+    def route(
+        self, path: str, shape: tuple[int, ...], start: str, end: str
+    ) -> tuple[NamedSharding, ...]:
+        """The layouts on the way from one scope to another; of a sum over all devices as if
+        from `replicated`.
+
+        Between replicated and global they pass the group. The parts that fsdp and data give
+        together are not in the order of the devices, and the partitioner finds a reduce-scatter
+        only in two steps.
+        """
+        first, last = ORDER.index(start), ORDER.index(end)
+        step = 1 if first < last else -1
+        between = ORDER[first + step : last : step] if first != last else ()
+        return tuple(self.at_scope(path, shape, scope) for scope in (*between, end))
 
     def gathered(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """Where one layer's array lies once it is gathered from the axes that split the batch."""
@@ -132,13 +132,18 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in keep)))
 
     def _largest(self, dims: tuple[int, ...]) -> tuple[Any, ...]:
-        """Without a rule: fsdp splits the largest dimension that it divides."""
-        size = self.mesh.shape["fsdp"]
-        fits = [(n, -i) for i, n in enumerate(dims) if n % size == 0 and len(dims) > 1]
-        if not fits:
-            return ()
-        chosen = -max(fits)[1]
-        return tuple("fsdp" if i == chosen else None for i in range(len(dims)))
+        """Without a rule: fsdp splits the largest dimension that it divides.
+
+        One that all axes of the finest scope divide goes before, so that every kind of array is
+        split in the same dimension.
+        """
+        for axes in (self.scopes.finest, ("fsdp",)):
+            ways = math.prod(self.mesh.shape[a] for a in axes)
+            fits = [(n, -i) for i, n in enumerate(dims) if n % ways == 0 and len(dims) > 1]
+            if fits:
+                chosen = -max(fits)[1]
+                return tuple("fsdp" if i == chosen else None for i in range(len(dims)))
+        return ()
 
     def _divides(self, path: str, axis: Any, size: int) -> Any:
         """`axis` where it divides the dimension; a default that does not is left out."""
@@ -225,23 +230,17 @@ class Placement:
             for name, a in batch.items()
         }
 
-    def like_params(self, tree: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    def like_params(
+        self, tree: Any, shapes: Mapping[str, tuple[int, ...]], kind: str = "parameters"
+    ) -> Any:
         """Shardings of a tree that holds arrays of the parameters' shape under their paths (an
-        optimizer's state); anything else is replicated."""
+        optimizer's state); anything else is replicated. `kind` as of `sharding`."""
 
         def place(keys, leaf):
             for key in keys:
                 name = getattr(key, "key", None)
                 if name in shapes and tuple(leaf.shape) == tuple(shapes[name]):
-                    return self.sharding(name, leaf.shape)
+                    return self.sharding(name, leaf.shape, kind)
             return self.replicated
 
         return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def axes_of(spec: Sequence[Any]) -> list[str]:
-    """The mesh axes that a spec names."""
-    flat = []
-    for entry in spec:
-        flat.extend(entry if isinstance(entry, tuple) else [entry])
-    return [axis for axis in flat if axis is not None]

@@ -3,6 +3,7 @@
 import glob
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -50,6 +51,8 @@ def train(argv: list[str]) -> None:
         raise UserError("--json is of --plan; metrics.jsonl has a run's figures as JSON")
     if not values.workdir:
         raise UserError("which folder? add --workdir=runs/NAME")
+    if values.processes is None:
+        _ask_for_cpu_devices(config)
     with _Processes(values):
         from efficient.training import loop
 
@@ -96,9 +99,21 @@ def evaluate(argv: list[str]) -> None:
     loop.evaluate(config, values.workdir, values.prompt, values.length, values.temperature)
 
 
+def _ask_for_cpu_devices(config: ConfigDict) -> None:
+    """As many devices on a CPU as the mesh wants, so that every mesh runs on a laptop.
+
+    They share its cores. Accelerators are not touched by it.
+    """
+    count = math.prod(n for n in config.mesh.values() if isinstance(n, int) and n > 1)
+    if count > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", count)
+
+
 def _fit_mesh(config: ConfigDict) -> None:
     """Spreads parameters over the devices that are here where the run's mesh does not fit them."""
-    from efficient.parallel.placement import make_mesh
+    from efficient.parallel.mesh import make_mesh
 
     try:
         make_mesh(config.get("mesh", {}))

@@ -152,6 +152,11 @@ def build_phases(config: ConfigDict, model: nnx.Module, placement: Placement) ->
 def _phase(index, start, entry, model, surgeries, placement) -> Phase:
     where = f"config.phases[{index}]"
     treat = _treatments(entry["parameters"], model, f"{where}.parameters")
+    if placement.mesh.shape["pipeline"] > 1:  # cuts stacks, however few their blocks
+        model = nnx.clone(model)
+        for _, module in model_lib.modules(model):
+            if isinstance(module, model_lib.Stack):
+                module.scan_from = 2
     stacked = model_lib.stack_alike(model, lambda p: (treat(p), placement.spec(p)))
     if placement.mesh.size > 1:
         for path, variable in model_lib.walk(stacked):

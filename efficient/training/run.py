@@ -17,7 +17,13 @@ from efficient import model as model_lib
 from efficient.checkpoints import layout
 from efficient.checkpoints.checkpoint import Checkpointer
 from efficient.errors import UserError
-from efficient.parallel.placement import Placement, make_mesh
+from efficient.parallel import schedules
+from efficient.parallel.gathering import check_gathering
+from efficient.parallel.mesh import make_mesh
+from efficient.parallel.pipeline import Cut
+from efficient.parallel.placement import Placement
+from efficient.parallel.schedule_ops import Schedule
+from efficient.parallel.scopes import Scopes
 from efficient.planning.flops import jaxpr_flops
 from efficient.surgery.common import carry
 from efficient.training import experiment
@@ -90,7 +96,8 @@ class Run:
         self.eval_source = data_lib.make_source(split="eval", **config.data)
         sequence = experiment.make("sequence", dict(config.sequence), "config.sequence")
         mesh = make_mesh(config.mesh, devices)
-        self.placement = Placement.parse(mesh, config.placement, sequence)
+        scopes = Scopes.parse(config.scopes)
+        self.placement = Placement.parse(mesh, config.placement, sequence, scopes)
         self.dtype = experiment.compute_dtype(config)
         self.base, self.rules = experiment.build_model(config, self.train_source.facts)
         experiment.check_data(self.rules, self.train_source.spec, config)
@@ -99,6 +106,9 @@ class Run:
         self.init_key = jax.random.key(config.seed)
         self._check_sizes()
         self._check_axes()
+        for phase in self.phases:
+            check_gathering(phase.stacked, self.placement)
+        self.schedule = self._pipeline()
         self._flops: dict[int, float] = {}
         if config.sample["length"]:
             check_sample(config, self.base, self.eval_source.facts)
@@ -121,13 +131,25 @@ class Run:
         """Refuses an axis that nothing is split over: its devices would repeat the same work."""
         if self.placement.mesh.shape["sequence"] > 1:
             experiment.check_sequence(self.rules)
-        named = {"data", "fsdp", "sequence", "tensor", *self.placement.named_axes}
+        named = {"data", "fsdp", "sequence", "tensor", "pipeline", *self.placement.named_axes}
         for axis, size in self.placement.mesh.shape.items():
             if size > 1 and axis not in named:
                 raise UserError(
                     f"config.mesh.{axis}={size}: nothing is split over {axis!r} yet; set it to 1,"
                     " or name it in a rule of config.placement"
                 )
+
+    def _pipeline(self) -> Schedule | None:
+        """The schedule of the pipeline, and whether every phase's model can be cut by it."""
+        stages, given = self.placement.mesh.shape["pipeline"], self.config.pipeline
+        if stages == 1:
+            return None
+        schedule = schedules.build(
+            given["schedule"], stages, self.config.accumulate, given["chunks"]
+        )
+        for phase in self.phases:
+            Cut.of(phase.stacked, stages, given["chunks"])
+        return schedule
 
     @property
     def total_steps(self) -> int:
@@ -150,6 +172,7 @@ class Run:
             seed=self.config.seed,
             dtype=self.dtype,
             accumulate=self.config.accumulate,
+            schedule=self.schedule,
         )
 
     def flops(self, phase: Phase) -> float:

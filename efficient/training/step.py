@@ -13,7 +13,10 @@ import optax
 from jaxtyping import Array
 
 from efficient import model as model_lib
+from efficient.parallel import pipeline
+from efficient.parallel.gathering import bind_gathered, brought
 from efficient.parallel.placement import Placement
+from efficient.parallel.schedule_ops import Schedule
 from efficient.parallel.sequence import arrange
 from efficient.scope import Context
 from efficient.training.experiment import Phase
@@ -37,14 +40,25 @@ def initial_state(phase: Phase, values: Mapping[str, Array], step: Array | int) 
 def abstract_state(phase: Phase, placement: Placement) -> State:
     """Shapes, dtypes and shardings of `initial_state`."""
     shapes = jax.eval_shape(lambda v: initial_state(phase, v, 0), phase.shapes)
-    shardings = placement.like_params(shapes, {p: s.shape for p, s in phase.shapes.items()})
+    single = {p: s.shape for p, s in phase.shapes.items()}
+    kinds = dict.fromkeys(("optimizer", "ema"), "optimizer")
+    shardings = {
+        name: placement.like_params(tree, single, kinds.get(name, "parameters"))
+        for name, tree in shapes.items()
+    }
     return jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
     )
 
 
 def make_train_step(
-    phase: Phase, placement: Placement, *, seed: int, dtype, accumulate: int = 1
+    phase: Phase,
+    placement: Placement,
+    *,
+    seed: int,
+    dtype,
+    accumulate: int = 1,
+    schedule: Schedule | None = None,
 ) -> Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]]:
     """(state, batch) -> (state, metrics), jitted; the state is donated.
 
@@ -53,12 +67,25 @@ def make_train_step(
       dtype: of computation; the master weights stay float32.
       accumulate: the batch is split into this many microbatches, whose gradients are averaged
         with the weight (tokens, examples) that the objective reports.
+      schedule: of the pipeline, where the mesh has one.
     """
     steps = max(1, phase.stop - phase.start)
+    scopes = placement.scopes
+    # Gradients that wait for other microbatches lie as config.scopes.gradients says; those of a
+    # whole batch are summed straight to where the optimizer wants them, or finer.
+    summed = scopes.gradients if accumulate > 1 else scopes.reduced
+
+    def moved(arrays, start, end):
+        if placement.mesh.size == 1:
+            return arrays
+        return {p: brought(a, placement.route(p, a.shape, start, end)) for p, a in arrays.items()}
 
     def loss_fn(trained, params, buffers, batch, rng, progress):
-        arrays = cast({**params, **trained}, dtype) | buffers
-        model = model_lib.bind(phase.stacked, arrays)
+        arrays = cast({**params, **trained}, dtype)
+        if scopes.gather == "block" and placement.mesh.size > 1:
+            model = bind_gathered(phase.stacked, arrays, buffers, placement, summed)
+        else:
+            model = model_lib.bind(phase.stacked, arrays | buffers)
         batch, permuted = arrange(batch, model, placement)
         context = Context(
             rng=rng, progress=progress, train=True, placement=placement, permuted=permuted
@@ -69,15 +96,18 @@ def make_train_step(
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def gradients(trained, params, buffers, batch, rng, progress):
+        if schedule is not None:
+            return through_stages(trained, params, batch, rng, progress)
         if accumulate == 1:
             (_, (metrics, buffers)), grads = grad_fn(trained, params, buffers, batch, rng, progress)
-            return grads, metrics, buffers
+            return moved(grads, summed, summed), metrics, buffers
 
         def microbatch(carry, item):
             buffers, sums = carry
             index, batch = item
             key = jax.random.fold_in(rng, index)
             (_, (metrics, buffers)), grads = grad_fn(trained, params, buffers, batch, key, progress)
+            grads = moved(grads, summed, summed)
             weight = metrics["weight"]
             new = jax.tree.map(lambda a: a * weight, (grads, metrics)) + (weight,)
             return (buffers, jax.tree.map(jnp.add, sums, new)), None
@@ -85,11 +115,32 @@ def make_train_step(
         items = jnp.arange(accumulate), split_batch(batch, accumulate, placement)
         first = jax.tree.map(lambda a: a[0], items)
         shapes = _sum_shapes(grad_fn, trained, params, buffers, first, rng, progress)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        grads, *others = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        zeros = (moved(grads, summed, summed), *others)
         (buffers, (grads, metrics, weight)), _ = jax.lax.scan(microbatch, (buffers, zeros), items)
         weight = jnp.maximum(weight, 1e-9)
         grads, metrics = jax.tree.map(lambda a: a / weight, (grads, metrics))
         return grads, metrics | {"weight": weight}, buffers
+
+    def through_stages(trained, params, batch, rng, progress):
+        batch, permuted = arrange(batch, phase.stacked, placement)
+        context = Context(
+            rng=rng, progress=progress, train=True, placement=placement, permuted=permuted
+        )
+        frozen = {p: a for p, a in params.items() if p not in trained}
+        grads, metrics = pipeline.gradients(
+            phase,
+            placement,
+            schedule,
+            cast(trained, dtype),
+            cast(frozen, dtype),
+            split_batch(batch, accumulate, placement),
+            context,
+        )
+        weight = jnp.maximum(metrics["weight"], 1e-9)
+        grads = {p: (g / weight).astype(trained[p].dtype) for p, g in grads.items()}
+        means = {n: m / weight for n, m in metrics.items()}
+        return grads, means | {"weight": metrics["weight"]}, {}
 
     def train_step(state, batch):
         params = state["params"]
@@ -97,6 +148,9 @@ def make_train_step(
         rng = jax.random.fold_in(jax.random.key(seed), state["step"])
         progress = (state["step"] - phase.start).astype(jnp.float32) / steps
         grads, metrics, buffers = gradients(trained, params, state["state"], batch, rng, progress)
+        # The update is made where the optimizer's state lies; the parameters come and go.
+        grads = moved(grads, summed, scopes.optimizer)
+        trained = moved(trained, scopes.parameters, scopes.optimizer)
         updates, optimizer = phase.optimizer.update(grads, state["optimizer"], trained)
         trained = optax.apply_updates(trained, updates)
         metrics["grad_norm"] = optax.global_norm(grads)
@@ -105,6 +159,7 @@ def make_train_step(
             metrics["learning_rate"] = phase.learning_rate(state["step"] - phase.start)
         decay = phase.config["ema"]
         ema = {p: decay * e + (1 - decay) * trained[p] for p, e in state["ema"].items()}
+        trained = moved(trained, scopes.optimizer, scopes.parameters)
         new = {
             "params": {**params, **trained},
             "state": buffers,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention.masks import Heads
-from pallas_kernels.mesh import layout, place, size
+from pallas_kernels.mesh import layout, place, shard_map, size
 
 
 def over_mesh(compute, arrays, settings, sharding):
@@ -53,13 +53,7 @@ def over_mesh(compute, arrays, settings, sharding):
         which = jnp.array([order.index(mask) for mask in shares])[jax.lax.axis_index(n)]
         return jax.lax.switch(which, branches, *arrays)
 
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=tuple(specs),
-        out_specs=(whole, P(b, n, None)),
-        check_vma=False,  # a pallas_call does not say how its results vary
-    )(*arrays)
+    return shard_map(local, mesh, tuple(specs), (whole, P(b, n, None)))(*arrays)
 
 
 def _masks_by_shard(mask, heads, shards):

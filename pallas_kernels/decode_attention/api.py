@@ -116,12 +116,11 @@ def _over_mesh(compute, q, k_cache, v_cache, lengths, pages, settings, sharding)
     specs = (P(b, None, n, None), cache, cache, P(b), None if pages is None else P(b, None))
     arrays = (q, k_cache, v_cache, lengths, pages)
     arrays = jax.tree.map(lambda x, spec: mesh.place(x, devices, spec, explicit), arrays, specs)
-    return jax.shard_map(
+    return mesh.shard_map(
         lambda *arrays: compute(*arrays, settings),
         mesh=devices,
         in_specs=specs,
         out_specs=(specs[0], P(b, n, None)),
-        check_vma=False,  # a pallas_call does not say how its results vary
     )(*arrays)
 
 

@@ -137,10 +137,7 @@ split_matmul.defvjp(_forward, _backward)
 
 
 def _on(split, compute, in_specs, out_specs):
-    # A pallas_call does not say how its results vary.
-    return jax.shard_map(
-        compute, mesh=split.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
+    return mesh_lib.shard_map(compute, split.mesh, in_specs, out_specs)
 
 
 def _first(precision, x, right):

@@ -172,12 +172,11 @@ def _over_mesh(compute, arrays, sharding):
     )  # fmt: skip
     arrays = q, levels, k_cache, v_cache, lengths, pages
     arrays = jax.tree.map(lambda x, spec: mesh.place(x, devices, spec, explicit), arrays, specs)
-    return jax.shard_map(
+    return mesh.shard_map(
         compute,
         mesh=devices,
         in_specs=specs,
         out_specs=(specs[0], P(b, n, None)),
-        check_vma=False,  # a pallas_call does not say how its results vary
     )(*arrays)
 
 

@@ -30,8 +30,12 @@ def mesh_of(**sizes):
 
 
 def layout(mesh):
-    data, tensor = (name if name in mesh.shape else None for name in ("data", "tensor"))
-    return NamedSharding(mesh, P(data, "sequence", tensor, None))
+    if "data" not in mesh.shape:
+        return NamedSharding(
+            mesh, P(None, "sequence", "tensor" if "tensor" in mesh.shape else None)
+        )
+    tensor = ("tensor",) if "tensor" in mesh.shape else None
+    return NamedSharding(mesh, P(("data",), ("sequence",), tensor, None))
 
 
 def one_head(q, k, v, dout, seen, softcap, dtype):
@@ -314,3 +318,87 @@ def test_strategy():
     np.testing.assert_allclose(out, right, rtol=0, atol=32 * EPS * np.abs(right).max())
     with pytest.raises(UserError, match="order='spiral'"):
         Ring(order="spiral")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["causal", "window"])
+def test_long_sequences_are_those_of_one_device(kind):
+    """Both passes; by ulysses too where heads are as many as devices.
+
+    A result is a sum of 64 blocks of 512 tokens, or of 8 parts of some of them, whose roundings add
+    up like a random walk.
+    """
+    length, size = 2**15, 16
+    mask, heads, order = Causal(), 1, "zigzag"
+    if kind == "window":
+        mask, heads, order = Window(1024), 8, "contiguous"
+    there = zigzag(length, 8) if order == "zigzag" else np.arange(length)
+    sharding, rng = layout(mesh_of(sequence=8)), np.random.default_rng(0)
+    given = [jnp.asarray(rng.normal(size=(1, length, heads, size)), jnp.float32) for _ in range(4)]
+
+    def results(attend, q, k, v, dout):
+        out, pull = jax.vjp(functools.partial(attend, mask=mask), q, k, v)
+        return out, *pull(dout)
+
+    ring = functools.partial(ring_attention, sharding=sharding, order=order)
+    expected = jax.jit(functools.partial(results, attention))(*given)
+    found = [jax.jit(functools.partial(results, ring))(*(x[:, there] for x in given))]
+    found[0] = [np.asarray(x)[:, np.argsort(there)] for x in found[0]]
+    if heads == 8:
+        whole = functools.partial(ulysses_attention, sharding=sharding)
+        found.append(jax.jit(functools.partial(results, whole))(*given))
+    for some in found:
+        for value, right in zip(some, expected, strict=True):
+            largest = float(np.abs(right).max())
+            assert largest > 1
+            allowed = (64 + 8) ** 0.5 * EPS * largest
+            np.testing.assert_allclose(np.asarray(value), np.asarray(right), rtol=0, atol=allowed)
+
+
+def kernels(module, instruction):
+    """Names of the kernels that an instruction runs; of a conditional those of every branch."""
+    if instruction.opcode == "conditional":
+        names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes).group(1)
+        branches = [module.computations[name.strip(" %")] for name in names.split(",")]
+        each = [
+            set().union(*(kernels(module, i) for i in branch.instructions.values()))
+            for branch in branches
+        ]
+        return set.intersection(*each)
+    if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
+        return {re.match(r"attention_[a-z]+|", instruction.name).group(0)} - {""}
+    return set()
+
+
+def meanwhile(module):
+    """For each collective-permute: the kernels that are scheduled between its start and its end."""
+    found = []
+    for computation in module.computations.values():
+        body = list(computation.instructions.values())
+        for i, start in enumerate(body):
+            if start.opcode == "collective-permute-start":
+                end = next(j for j, each in enumerate(body) if start.name in each.operands)
+                found.append(set().union(*(kernels(module, each) for each in body[i:end])))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:attention")  # not the kernels
+def test_a_tpu_attends_while_keys_travel():
+    """In the schedule of eight chips, first step, loop and last step, each of k and v or dk and dv.
+
+    Keys travel in the first step and in the loop of both passes, their gradients in the loop and in
+    the last step. When these go home there is nothing left to do.
+    """
+    pytest.importorskip("libtpu", reason="the TPU compiler; pip install -e .[lab]")
+    target = Target.parse("v5e:2x4")
+    sharding = NamedSharding(Mesh(target.devices.reshape(8), ("sequence",)), P(None, "sequence"))
+    place = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16, sharding=sharding)
+    q, k = place((1, 2**15, 8, 128)), place((1, 2**15, 2, 128))
+    run = functools.partial(both.__wrapped__, sharding=sharding, mask=Causal(), order="zigzag")
+    lowered = jax.jit(run).trace(q, k, k, q).lower(lowering_platforms=("tpu",))
+    found = meanwhile(Module(lowered.compile().as_text()))
+    assert len(found) == 2 * (2 + 4 + 1)
+    assert sum("attention_forward" in each for each in found) >= 2 * 2
+    assert sum("attention_backward" in each for each in found) == 2 * 4
+    assert sum(not each for each in found) == 2
