@@ -48,8 +48,8 @@ def defaults() -> ConfigDict:
             "compute_dtype": "float32",
             "accumulate": 1,  # microbatches a step
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1, "expert": 1, "pipeline": 1},
-            # The order of passes over mesh.pipeline, whose microbatches are `accumulate`; `chunks` of
-            # layers a stage.
+            # The order of passes over mesh.pipeline, whose microbatches are `accumulate`, and the
+            # chunks of layers a stage has.
             "pipeline": {"schedule": "eager_1f1b", "chunks": 1},
             "sequence": {"name": "ring"},  # how attention crosses a sequence split by mesh.sequence
             # Over which batch axes each is split: none ("replicated"), fsdp ("group"), fsdp and data

@@ -1,8 +1,11 @@
 """PaRO: parameters split within groups of devices, gradients and optimizer state over all.
 
-Command: x
-Hardware: x
-Expected: configs/paro.py
+Command: python train.py --config=configs/paro.py --workdir=runs/paro
+         python train.py --config=configs/paro.py:groups=2,gradients=group --workdir=runs/paro_group
+Hardware: one CPU core, about two minutes of its time; all the devices there are.
+Expected: 3.456 held-out bits per byte in 150 steps on four fake devices in two groups
+          (XLA_FLAGS=--xla_force_host_platform_device_count=4 and groups=2), which is what
+          configs/amsp.py gives on one and on four (Python 3.11.7, one seed).
 """
 
 from configs import common

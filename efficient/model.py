@@ -48,9 +48,12 @@ class Stack(nnx.Module):
     def __call__(self, x: Array, context: Context) -> tuple[Array, dict[str, Array]]:
         """[B, T, D] -> [B, T, D] and the auxiliary outputs of all layers."""
         if context.run_stack is not None:
-            return context.run_stack(self, x, context)
+            y, totals = context.run_stack(self, _handed(None, self.blocks[0], x), context)
+            return _handed(self.blocks[-1], None, y), totals
         totals: dict[str, Array] = {}
+        before = None
         for block, span in zip(self.blocks, self.spans, strict=True):
+            x, before = _handed(before, block, x), block
             if span[1] - span[0] == 1:
                 x, aux = self._one(block, x, context.layer(span[0]))
                 aux = {name: value[None] for name, value in aux.items()}
@@ -60,7 +63,7 @@ class Stack(nnx.Module):
                 _assign(block, updated)
             for name, value in self._shares(aux).items():
                 totals[name] = totals.get(name, 0.0) + value
-        return x, totals
+        return _handed(before, None, x), totals
 
     def part(
         self, arrays: Mapping[str, Array], first: Array | int, x: Array, context: Context
@@ -104,9 +107,9 @@ class Stack(nnx.Module):
     @staticmethod
     def _apply(block, arrays, x, context):
         block = bind(block, arrays)
-        y, aux = call(block, context.place(x), context)
+        y, aux = call(block, jax.tree.map(context.place, x), context)
         updated = {p: v[...] for p, v in walk(block) if not isinstance(v, nnx.Param)}
-        return y.astype(x.dtype), aux, updated
+        return jax.tree.map(lambda y, x: y.astype(x.dtype), y, x), aux, updated
 
     def init_state(self, batch: int, length: int, dtype) -> list[Any]:
         """One decoding state for each span; stacked along the leading axis where blocks are."""
@@ -122,8 +125,10 @@ class Stack(nnx.Module):
 
     def step(self, x: Array, states: list[Any], context: Context) -> tuple[Array, list[Any]]:
         """One new token: x [B, 1, D] and the states of `init_state`."""
-        new = []
+        new: list[Any] = []
+        before = None
         for block, span, state in zip(self.blocks, self.spans, states, strict=True):
+            x, before = _handed(before, block, x), block
             if span[1] - span[0] == 1:
                 x, state = block.step(x, state, context)
             else:
@@ -135,7 +140,18 @@ class Stack(nnx.Module):
                 stacked = {p: v[...] for p, v in walk(block)}
                 x, state = jax.lax.scan(body, x, (stacked, state))
             new.append(state)
-        return x, new
+        return _handed(before, None, x), new
+
+
+def _handed(before: nnx.Module | None, after: nnx.Module | None, x: Any) -> Any:
+    """x from one block to the next, or in or out of the stack, where a wiring carries it otherwise.
+
+    Such a wiring has `begin(x)` and `finish(carried)`; blocks of one class understand each other.
+    """
+    if type(before) is type(after):
+        return x
+    x = before.finish(x) if hasattr(before, "finish") else x
+    return after.begin(x) if hasattr(after, "begin") else x
 
 
 def checkpointed(fn: Callable, policy: str, in_scan: bool = False) -> Callable:

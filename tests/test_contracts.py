@@ -59,6 +59,7 @@ ROWS: dict[tuple[str, str], list[dict]] = {
     ("wiring", "post_norm"): [{"at": BLOCK}],
     ("wiring", "sandwich_norm"): [{"at": BLOCK}],
     ("wiring", "hybrid_norm"): [{"at": BLOCK}],
+    ("wiring", "ladder_residual"): [{"at": BLOCK}],
     ("embedding", "table"): [{"at": "embed"}, {"at": "embed", "scale_by_width": True}],
     ("embedding", "compositional"): [{"at": "embed"}],
     ("position", "learned"): [{"at": "position"}],

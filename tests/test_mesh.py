@@ -14,6 +14,7 @@ import tiny
 
 from configs import common
 from efficient.errors import UserError
+from efficient.model import layers_of
 from efficient.parallel.mesh import make_mesh
 from efficient.training import loop
 from efficient.training.run import flatten
@@ -27,9 +28,13 @@ MESHES = {
     "sequence and fsdp": {"fsdp": 4, "sequence": 2},
     "sequence and tensor": {"sequence": 4, "tensor": 2},
     "ulysses": {"data": 2, "sequence": 2, "tensor": 2},
+    "pipeline": {"data": 4, "pipeline": 2},
+    "pipeline and tensor": {"pipeline": 2, "data": 2, "tensor": 2},
+    "pipeline and sequence": {"pipeline": 2, "fsdp": 2, "sequence": 2},
 }
-FIELDS = {"ulysses": {"sequence": {"name": "ulysses"}}}
-FAST = ("all", "sequence and tensor")
+FIELDS = {"ulysses": {"sequence": {"name": "ulysses"}}, "pipeline": {"accumulate": 2}}
+FIELDS |= dict.fromkeys(("pipeline and tensor", "pipeline and sequence"), {"accumulate": 4})
+FAST = ("all", "sequence and tensor", "pipeline")
 STEPS = 20
 MONARCH = {"at": r"blocks/\d+/(mixer|channel)/.*", "use": "monarch", "blocks": 4, "bias": True}
 
@@ -54,8 +59,19 @@ def run_steps(run, state, batches):
     for index, batch in enumerate(batches):
         state, metrics = step(state, batch)
         if index in (0, len(batches) - 1):
-            kept.append(tiny.host(state) | tiny.host(metrics))
+            kept.append(of_layers(tiny.host(state)) | tiny.host(metrics))
     return kept
+
+
+def of_layers(arrays):
+    """Arrays of single layers: a pipeline stacks even two."""
+    return {
+        layer: array[i] if stacked else array
+        for path, array in arrays.items()
+        for layers in (layers_of(path),)
+        for stacked in (len(layers) > 1,)
+        for i, layer in enumerate(layers)
+    }
 
 
 def units(arrays) -> dict[str, float]:

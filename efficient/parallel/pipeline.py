@@ -179,13 +179,11 @@ def gradients(
     stage = Stage(phase, placement, cut, schedule)
     blocks, others = cut.split(trained)
     frozen_blocks, frozen_others = cut.split(frozen)
-    whole = jax.tree.map(lambda _: P(), (others, frozen_others, items, context))
-    by_stage = jax.tree.map(lambda _: P(AXIS), (blocks, frozen_blocks))
     run = jax.shard_map(
         stage.run,
         mesh=placement.mesh,
-        in_specs=(by_stage, whole),
-        out_specs=(jax.tree.map(lambda _: P(AXIS), blocks), P(), P()),
+        in_specs=(P(AXIS), P()),
+        out_specs=(P(AXIS), P(), P()),
         axis_names={AXIS},
         check_vma=False,
     )

@@ -84,6 +84,8 @@ def explain(
 ) -> Explanation:
     """The signatures with which a program sends least, and every boundary between them.
 
+    Along one axis they are the best there are; see `sbp_search` for several.
+
     Args:
       placements: the signature of every tensor that the program is given, along the axes of the
         mesh; of one that it makes, the signature that its operator must give it.

@@ -94,6 +94,8 @@ class Builder:
         for letter, size in zip(dims, variable.shape, strict=True):
             if self.sizes.setdefault(letter, size) != size:
                 raise UserError(f"{path}: {letter} is {size} here and {self.sizes[letter]} before")
+        if f"{path} gathered" in self.fixed:  # a table that serves as the head too
+            return f"{path} gathered"
         self._declare(path, dims, self.default)
         placed = self.placement.sharding(path, variable.shape)
         self.placements[path] = signature_of(placed, self.axes, path)
@@ -200,6 +202,7 @@ def _block(b: Builder, block: nnx.Module, path: str, x: str) -> str:
         return b.add("linear", f"{path} + {name}", "BTD", y, branch)
 
     mix, transform = sublayer("mixer"), sublayer("channel")
+    x = b.place(x, "tokens", f"{path} reads")
     match block:
         case PreNorm():
             x = add("mixer", x, mix(norm("mixer_norm", x)))

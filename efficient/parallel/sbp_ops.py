@@ -7,7 +7,6 @@ dimensions, from which `legal` lists what it can take and what it then gives.
 """
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -239,19 +238,6 @@ def fits(
     return None
 
 
-def joint(op: Op, program: Program, sizes: Sequence[int]) -> list[tuple[Rule, ...]]:
-    """The signatures along all mesh axes: any rule along each, as far as the splits divide."""
-    rules = legal(op, program.dims)
-    shapes = [program.shape(name) for name in (*op.inputs, op.output)]
-    found = []
-    for combination in itertools.product(rules, repeat=len(sizes)):
-        tensors = [*zip(*(r.inputs for r in combination), strict=True)]
-        tensors.append(tuple(r.output for r in combination))
-        if all(fits(t, shape, sizes) is None for t, shape in zip(tensors, shapes, strict=True)):
-            found.append(combination)
-    return found
-
-
 def check(op: Op, program: Program, inputs: Sequence[Signature], mesh: Mapping[str, int]) -> None:
     """Refuses signatures of an operator's inputs that it cannot compute with as they are.
 
@@ -294,6 +280,8 @@ def _why_not(op: Op, program: Program, given: Sbp, j: int) -> str:
         if letter in op.over or op.kind == "reshape":
             return f"since it needs all of {letter} on a device"
         return f"since {letter} is not split alike in every operand"
+    if given.part == "max":
+        return "since it does not act on parts of a maximum"
     if given.kind == "P" and op.kind in ("nonlinear", "max", "lookup", "pick"):
         return "since it is not linear in parts of a sum"
     if given.kind == "P":

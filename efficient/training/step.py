@@ -107,10 +107,11 @@ def make_train_step(
             index, batch = item
             key = jax.random.fold_in(rng, index)
             (_, (metrics, buffers)), grads = grad_fn(trained, params, buffers, batch, key, progress)
-            grads = moved(grads, summed, summed)
             weight = metrics["weight"]
+            grads = moved(grads, summed, summed)
             new = jax.tree.map(lambda a: a * weight, (grads, metrics)) + (weight,)
-            return (buffers, jax.tree.map(jnp.add, sums, new)), None
+            grads, *others = jax.tree.map(jnp.add, sums, new)
+            return (buffers, (moved(grads, summed, summed), *others)), None
 
         items = jnp.arange(accumulate), split_batch(batch, accumulate, placement)
         first = jax.tree.map(lambda a: a[0], items)

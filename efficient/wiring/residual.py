@@ -4,6 +4,8 @@ A wiring owns its mixer, channel mixer and norms, so that where a norm sits, wha
 what is scaled are one file's decision.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -33,7 +35,8 @@ class Block(nnx.Module):
         self.mixer = scope.mixer("mixer", width, causal)
         self.channel = scope.channel("channel", width)
 
-    def __call__(self, x: Float[Array, "B T D"], context: Context):
+    def __call__(self, x: Any, context: Context):
+        """x [B, T, D], or what a wiring of its own `begin` and `finish` carries in its place."""
         aux: dict[str, Array] = {}
 
         def mix(y):
@@ -52,7 +55,7 @@ class Block(nnx.Module):
         """The mixer's decoding state."""
         return self.mixer.init_state(batch, length, dtype)
 
-    def step(self, x: Float[Array, "B 1 D"], state, context: Context):
+    def step(self, x: Any, state, context: Context):
         """One new token with the mixer's state."""
         new = state
 

@@ -1,0 +1,16 @@
+"""Redco: the small language model on a placement that two rules derive from its modules.
+
+Command: python train.py --config=configs/redco.py --workdir=runs/redco
+         python -m efficient.parallel.sbp --config=configs/redco.py --mesh tensor=4
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    """Every device there is splits the sublayers; `steps` are of the full run."""
+    arg = common.parse(arg, steps=150)
+    config = common.small_lm(arg, steps=arg.steps)
+    config.mesh = {"data": 1, "tensor": -1}
+    config.placement = [{"derive": "redco"}]
+    return config

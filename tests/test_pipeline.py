@@ -1,0 +1,145 @@
+"""Pipelined steps against accumulated ones on one device, and what a pipeline refuses.
+
+The differences allowed are those of test_mesh.py's kind, of float32 sums in another order.
+"""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from configs import common
+from efficient.errors import UserError
+from efficient.model import layers_of
+from efficient.parallel import schedules
+from efficient.parallel.schedule_table import slots, ticks
+from efficient.training import loop
+from efficient.training import step as step_lib
+
+RATE = 64.0  # so that small gradients too are far above the last places of parameters
+SCHEDULES = {
+    "gpipe": {"schedule": "gpipe", "chunks": 1},
+    "1f1b": {"schedule": "1f1b", "chunks": 1},
+    "eager_1f1b": {"schedule": "eager_1f1b", "chunks": 1},
+    "interleaved": {"schedule": "interleaved", "chunks": 2},
+    "modular": {"schedule": "modular", "chunks": 2},
+}
+SLOW = [pytest.param(n, marks=[pytest.mark.slow] * (n != "interleaved")) for n in SCHEDULES]
+
+
+def config(depth=4, wiring=None, **fields):
+    """Four blocks with stochastic depth, four microbatches, plain gradients, a frozen table."""
+    rate = {"at": r"blocks/\d+", "use": "pre_norm", "drop_path": 0.3}
+    phase = common.phase(
+        4,
+        optimizer={"name": "sgd", "learning_rate": RATE},
+        clip=None,
+        parameters=[{"at": "position/table", "train": False}],
+    )
+    rules = [wiring or rate, *common.gpt2(32, depth, 2)]
+    fields = {"accumulate": 4, "mesh": {"data": 1}, **fields}
+    return tiny.config(phase, depth=depth, rules=rules, **fields)
+
+
+def step(config, devices):
+    """(arrays before, after, metrics) of one step, layer by layer."""
+    run, state = tiny.start(config, devices)
+    before = layered(state["params"])
+    state, metrics = run.train_step(run.phases[0])(state, tiny.batches(run, 1)[0])
+    return before, layered(state["params"]), {n: float(m) for n, m in metrics.items()}
+
+
+def layered(params):
+    found = {}
+    for path, array in params.items():
+        layers = layers_of(path)
+        for i, layer in enumerate(layers):
+            found[layer] = np.asarray(array[i] if len(layers) > 1 else array)
+    return found
+
+
+@pytest.fixture(scope="module")
+def accumulated():
+    return step(config(), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_pipeline_takes_the_step_of_one_device(accumulated, name):
+    """Loss and every gradient, with the randomness of layers and microbatches."""
+    before, after, metrics = accumulated
+    mesh = {"pipeline": 2, "data": 2}
+    start, found, others = step(config(mesh=mesh, pipeline=SCHEDULES[name]), jax.devices()[:4])
+    for metric, value in metrics.items():
+        assert abs(others[metric] - value) <= 2e-6 * abs(value), metric
+    for path, array in before.items():
+        assert start[path].tobytes() == array.tobytes()
+        gradient = array - after[path]
+        largest = np.abs(gradient).max()
+        if path == "position/table":
+            assert largest == 0
+        elif not path.endswith("k/bias"):  # zero but for rounding
+            assert largest > 1e-3, path
+        # Gradients are differences of float32 parameters of order one.
+        np.testing.assert_allclose(
+            start[path] - found[path], gradient, rtol=0, atol=1e-5 * largest + 3e-7
+        )
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_inputs_a_schedule_keeps():
+    """Temporaries of two schedules differ by the inputs that GPipe keeps beyond eager 1F1B."""
+    microbatches, found, kept = 16, {}, {}
+    for name in ("gpipe", "eager_1f1b"):
+        one = config(
+            wiring={"at": r"blocks/\d+", "use": "pre_norm"},
+            mesh={"pipeline": 2},
+            pipeline=SCHEDULES[name],
+            accumulate=microbatches,
+            batch_size=16 * microbatches,
+        )
+        run, _ = tiny.start(one, jax.devices()[:2])
+        phase = run.phases[0]
+        state = step_lib.abstract_state(phase, run.placement)
+        compiled = run.train_step(phase).lower(state, run.abstract_batch()).compile()
+        found[name] = compiled.memory_analysis().temp_size_in_bytes
+        kept[name] = slots(ticks(schedules.build(name, 2, microbatches))).kept.max()
+    assert kept == {"gpipe": 16, "eager_1f1b": 3}
+    an_input = 4 * 16 * 32 * 32
+    saved = found["gpipe"] - found["eager_1f1b"]
+    assert saved >= (kept["gpipe"] - kept["eager_1f1b"]) * an_input
+    assert saved <= 3 * (kept["gpipe"] - kept["eager_1f1b"]) * an_input  # a loop's copies
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_its_pipeline(tmp_path):
+    fields = {"checkpoint_every": 2, "keep_checkpoints": 9}
+    whole = config(**fields)
+    loop.train(whole, str(tmp_path / "whole"))
+    piped = config(mesh={"data": 4, "pipeline": 2}, accumulate=2, **fields)
+    loop.train(piped, str(tmp_path / "piped"))
+    (tmp_path / "piped" / "checkpoints" / "4").rename(tmp_path / "4")
+    again = config(mesh={"data": 8}, accumulate=1, **fields)
+    loop.train(again, str(tmp_path / "piped"))
+    assert tiny.steps_in(tmp_path / "piped")[-1] == 4
+    found = tiny.checkpoint(tmp_path / "piped", 2)
+    expected = tiny.checkpoint(tmp_path / "whole", 2)
+    assert set(found) == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"depth": 3}, "3 layers do not divide into 2 stages of 1 chunks; a depth of 4 does"),
+        ({"pipeline": {"schedule": "interleaved", "chunks": 3}}, "into 2 stages of 3 chunks"),
+        ({"pipeline": {"schedule": "gpip", "chunks": 1}}, "no schedule 'gpip'; did you mean"),
+        ({"pipeline": {"schedule": "gpipe", "chunks": 2}}, "gpipe has one chunk a stage"),
+        ({"pipeline": SCHEDULES["interleaved"], "accumulate": 1}, "microbatches"),
+        (
+            {"wiring": {"at": "blocks/1", "use": "pre_norm", "drop_path": 0.1}},
+            "blocks that are all alike; blocks/1 differs from the one before",
+        ),
+    ],
+)
+def test_what_is_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        tiny.start(config(mesh={"pipeline": 2}, **fields), jax.devices()[:2])
