@@ -52,8 +52,8 @@ def defaults() -> ConfigDict:
             # chunks of layers a stage has.
             "pipeline": {"schedule": "eager_1f1b", "chunks": 1},
             "sequence": {"name": "ring"},  # how attention crosses a sequence split by mesh.sequence
-            # Over which batch axes each is split: none ("replicated"), fsdp ("group"), fsdp and data
-            # ("global"); parameters are gathered by the "compiler" as it likes or by each "block".
+            # Over which batch axes each is split: none ("replicated"), fsdp ("group"), fsdp and
+            # data ("global"). The "compiler" or each "block" gathers parameters.
             "scopes": {
                 "parameters": "group",
                 "gradients": "group",

@@ -1,7 +1,11 @@
 """Redco: the small language model on a placement that two rules derive from its modules.
 
 Command: python train.py --config=configs/redco.py --workdir=runs/redco
-         python -m efficient.parallel.sbp --config=configs/redco.py --mesh tensor=4
+         python -m efficient.parallel.sbp --config=configs/redco.py --mesh tensor=2
+Hardware: one device or several; the table of collectives needs none.
+Expected: kernels and table lie as the rules written by hand have them (a test compares), so that
+          the table is that of `configs/oneflow_sbp.py`: 14.2 MB a device forward on tensor=2. The
+          smoke run ends without error on one device and on four; no full run was made.
 """
 
 from configs import common

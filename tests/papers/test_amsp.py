@@ -291,7 +291,7 @@ GROUP = GROUPS = 4
 BLOCKS = DEPTH * (4 * WIDTH**2 + 3 * 4 * WIDTH**2)  # parameters of attention and of a GLU
 TABLE = HEAD = VOCABULARY * WIDTH
 NORMS = (2 * DEPTH + 1) * WIDTH
-SMALL = 2**16  # bytes: sums of norms' gradients and of metrics are less
+SMALL = 2**16  # bytes sent in a step: sums of norms' gradients and of metrics are less
 
 
 @functools.cache
@@ -316,7 +316,7 @@ def sent(scopes, microbatches=1):
     """(kind, axes) -> bytes that a device sends; small collectives left out."""
     found = collections.Counter()
     for one in planned(scopes, microbatches).collectives:
-        if one.payload >= SMALL:
+        if one.wire >= SMALL:
             found[one.kind, one.axes] += one.wire
     return dict(found)
 
@@ -381,7 +381,7 @@ def test_collectives_are_those_of_the_formula(name):
     spared = within(2 * TABLE) + between(2 * TABLE) * (2 if scopes.reduced == "group" else 1)
     expected = sum(c.within + c.between for c in costs) - spared + sum(OF_TABLE.values())
     assert sum(found.values()) == expected
-    small = sum(c.wire for c in planned(scopes).collectives if c.payload < SMALL)
+    small = sum(c.wire for c in planned(scopes).collectives if c.wire < SMALL)
     assert small < sum(found.values()) / 1000
 
 

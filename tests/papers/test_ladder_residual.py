@@ -15,6 +15,14 @@ from efficient.training import step as step_lib
 from efficient.training.run import Run
 
 WIDTH, DEPTH = 8, 3
+BLOCKS = 4
+SUM = r"= bf16\[8,2048,2048\]\S*"
+# By default this compiler leaves every all-reduce synchronous.
+ASYNCHRONOUS = {
+    "xla_enable_async_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+}
 
 
 def stack(wirings):
@@ -89,7 +97,7 @@ def scheduled(wiring):
     rules = [{"at": r"blocks/\d+", "use": wiring}, *common.llama(16, 16, hidden=8192)]
     plain = [{"at": "activations/tokens", "spec": [["data", "fsdp"], "sequence"]}]
     config = tiny.config(phase, rules=rules, mesh={"data": 1, "tensor": 4}, placement=plain)
-    config.model = {**config.model, "width": 2048, "depth": 4, "max_length": 2048}
+    config.model = {**config.model, "width": 2048, "depth": BLOCKS, "max_length": 2048}
     config.data = {**config.data, "length": 2048}
     config.batch_size, config.compute_dtype = 8, "bfloat16"
     hardware = Target.parse("v5e:2x2")
@@ -100,23 +108,42 @@ def scheduled(wiring):
     lowered = evaluate.trace(state["params"], state["state"], run.abstract_batch()).lower(
         lowering_platforms=("tpu",)
     )
-    return lowered.compile().as_text()
+    return lowered.compile(compiler_options=ASYNCHRONOUS).as_text()
 
 
 def beside_products(text):
-    """(sums that begin before and end after a product of the blocks, all sums of the blocks)."""
+    """(products between start and end of each asynchronous sum, how many sums are synchronous)."""
     entry = text[text.index("ENTRY ") :].splitlines()
-    spans, opened = [], {}
-    products = []
-    for at, line in enumerate(entry):
-        name = re.match(r"\s*(?:ROOT )?%(\S+) =", line)
+    opened, found = {}, []
+    for line in entry:
+        name = re.match(r"\s*(?:ROOT )?%(\S+) = ", line)
         if name is None:
             continue
-        if re.search(r"(all-reduce|reduce-scatter|all-gather)-start\(|async-start\(", line):
-            opened[name[1]] = at
-        elif done := re.search(r"-done\(%?(\S+?)[),]", line):
-            if done[1] in opened:
-                spans.append((opened.pop(done[1]), at))
-        elif re.search(r"convolution|dot\(|kind=kOutput|custom-call\(.*tpu_custom_call", line):
-            products.append(at)
-    return sum(any(a < p < b for p in products) for a, b in spans), len(spans)
+        if name[1].startswith("async-collective-start"):
+            opened[name[1].replace("start", "done")] = []
+        elif name[1] in opened:
+            found.append(opened.pop(name[1]))
+        elif multiplies(text, line):
+            for products in opened.values():
+                products.append(name[1])
+    synchronous = [line for line in entry if re.search(rf"{SUM} all-reduce\(", line)]
+    return found, len(synchronous)
+
+
+def multiplies(text, line):
+    """Whether the instruction is an attention kernel or a fusion around a product."""
+    called = re.search(r" fusion\(.*calls=%([^\s,]+)", line)
+    if called is None:
+        return "tpu_custom_call" in line
+    body = text[text.index(f"%{called[1]} (") :]
+    return " convolution(" in body[: body.index("\n}")]
+
+
+@pytest.mark.slow
+def test_sums_run_beside_products():
+    """Of nine sums, one a sublayer and the embedding's, a standard residual waits for each."""
+    found, waited_for = beside_products(scheduled("pre_norm"))
+    assert (found, waited_for) == ([], 2 * BLOCKS + 1)
+    found, waited_for = beside_products(scheduled("ladder_residual"))
+    assert len(found) + waited_for == 2 * BLOCKS + 1
+    assert len(found) > BLOCKS and all(found)

@@ -537,8 +537,7 @@ def counted(found, payload=None):
     return counts
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("rules", ["llama", "gpt2"])
+@pytest.mark.parametrize(("rules", "tied"), [("llama", False), ("gpt2", True)])
 def test_megatron(rules, tied):
     """What `test_megatron.py` finds in compiled programs: [B / d, T, D] twice a block, and once."""
     mesh, activation = {"data": 2, "tensor": 4}, 2 * 8 // 2 * 64 * 64

@@ -6,8 +6,10 @@ The programs are those of `test_amsp`: a step on sixteen chips, four groups of f
 import pytest
 from test_amsp import (
     ALL,
+    BLOCKS,
     GROUP,
     GROUPS,
+    HEAD,
     OF_TABLE,
     SMALL,
     SUMMED,
@@ -32,8 +34,7 @@ def across(found):
 
 @pytest.mark.slow
 def test_redundancy_buys_traffic_between_groups():
-    """A third of it with states kept whole in a group; most of it, if only parameters are and a
-    step has several microbatches."""
+    """With all states kept whole in a group, or with parameters and several microbatches."""
     full, mics = by_blocks("zero_3"), by_blocks("mics")
     assert across(sent(mics)) < across(sent(full))
     states = {s: planned(s).memory.labelled for s in (full, mics)}
@@ -42,10 +43,12 @@ def test_redundancy_buys_traffic_between_groups():
 
     mixed = by_blocks("mixed")
     found = {s: across(sent(s, MICROBATCHES)) for s in (full, mixed)}
-    print(found, sent(full, MICROBATCHES), sent(mixed, MICROBATCHES))
     once = between(4 * ALL)  # the updated parameters, float32
     assert found[mixed] == MICROBATCHES * between(SUMMED) + once
-    assert found[full] > found[mixed]
+    # Under `global` blocks are gathered in each of both passes, and what is outside of them once.
+    read = MICROBATCHES * between(2 * 2 * BLOCKS) + between(2 * (TABLE + HEAD))
+    assert found[full] == MICROBATCHES * between(SUMMED) + read
+    assert found[mixed] < 0.6 * found[full]
     states = {s: planned(s, MICROBATCHES).memory.labelled for s in (full, mixed)}
     assert states[mixed]["optimizer"] == states[full]["optimizer"]
     assert 3.9 < states[mixed]["parameters"] / states[full]["parameters"] < GROUPS
@@ -56,7 +59,7 @@ def test_each_collective_stays_within_groups_or_between_them():
     for name in ("zero_1", "zero_3", "mics", "mixed"):
         found = sent(by_blocks(name))
         assert {key for key in found if key[1] not in (("fsdp",), ("data",))} == set(OF_TABLE)
-    alone = [one for one in planned(LAYOUTS["zero_3"]).collectives if one.payload >= SMALL]
+    alone = [one for one in planned(LAYOUTS["zero_3"]).collectives if one.wire >= SMALL]
     assert any(one.axes == ("data", "fsdp") and one.kind == "all-gather" for one in alone)
 
 
@@ -78,4 +81,3 @@ def test_the_config_is_one_of_the_layouts():
     config = paro.get_config("smoke,groups=2,gradients=group")
     assert Scopes.parse(config.scopes) == Scopes("group", "group", "global", "block")
     assert config.mesh.to_dict() == {"data": 2, "fsdp": -1}
-    assert TABLE < ALL
