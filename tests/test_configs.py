@@ -14,6 +14,7 @@ import pytest
 from configs import common
 from efficient import model as model_lib
 from efficient.errors import UserError
+from efficient.parallel import redco
 from efficient.parallel.mesh import make_mesh
 from efficient.parallel.placement import Placement
 from efficient.training import experiment
@@ -34,7 +35,8 @@ def load(name, arg=None):
 def test_full_config_builds_abstractly(name):
     config = load(name)
     model, _ = experiment.build_model(config, FACTS)
-    placement = Placement.parse(make_mesh({"data": -1}), config.placement)
+    mesh = make_mesh({"data": -1})
+    placement = Placement.parse(mesh, redco.expand(config.placement, model, mesh.shape))
     phases = experiment.build_phases(config, model, placement)
     assert phases[-1].stop == sum(p["steps"] for p in config.phases) > 0
     assert all(p.trained for p in phases)

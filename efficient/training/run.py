@@ -17,7 +17,7 @@ from efficient import model as model_lib
 from efficient.checkpoints import layout
 from efficient.checkpoints.checkpoint import Checkpointer
 from efficient.errors import UserError
-from efficient.parallel import schedules
+from efficient.parallel import redco, schedules
 from efficient.parallel.gathering import check_gathering
 from efficient.parallel.mesh import make_mesh
 from efficient.parallel.pipeline import Cut
@@ -94,12 +94,13 @@ class Run:
         self.config = config
         self.train_source = data_lib.make_source(split="train", **config.data)
         self.eval_source = data_lib.make_source(split="eval", **config.data)
+        self.base, self.rules = experiment.build_model(config, self.train_source.facts)
         sequence = experiment.make("sequence", dict(config.sequence), "config.sequence")
         mesh = make_mesh(config.mesh, devices)
+        entries = redco.expand(config.placement, self.base, mesh.shape)
         scopes = Scopes.parse(config.scopes)
-        self.placement = Placement.parse(mesh, config.placement, sequence, scopes)
+        self.placement = Placement.parse(mesh, entries, sequence, scopes)
         self.dtype = experiment.compute_dtype(config)
-        self.base, self.rules = experiment.build_model(config, self.train_source.facts)
         experiment.check_data(self.rules, self.train_source.spec, config)
         self.phases = experiment.build_phases(config, self.base, self.placement)
         experiment.check_selections(self.phases, self.train_source.spec)
