@@ -32,8 +32,12 @@ MESHES = {
     "pipeline and tensor": {"pipeline": 2, "data": 2, "tensor": 2},
     "pipeline and sequence": {"pipeline": 2, "fsdp": 2, "sequence": 2},
 }
-FIELDS = {"ulysses": {"sequence": {"name": "ulysses"}}, "pipeline": {"accumulate": 2}}
-FIELDS |= dict.fromkeys(("pipeline and tensor", "pipeline and sequence"), {"accumulate": 4})
+FIELDS = {
+    "ulysses": {"sequence": {"name": "ulysses"}},
+    "pipeline": {"accumulate": 2},
+    "pipeline and tensor": {"accumulate": 4},
+    "pipeline and sequence": {"accumulate": 4},
+}
 FAST = ("all", "sequence and tensor", "pipeline")
 STEPS = 20
 MONARCH = {"at": r"blocks/\d+/(mixer|channel)/.*", "use": "monarch", "blocks": 4, "bias": True}

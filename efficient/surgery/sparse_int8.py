@@ -169,7 +169,7 @@ PAPER = Paper(
         ),
         Claim(
             "Up to 5 times faster than oneDNN's dense product, 1.5 times faster than DeepSparse.",
-            note="figures of the paper's own kernel; beside XLA's dense product in float32 this form"
+            note="the paper's own kernel; beside XLA's dense product in float32 this form"
             " is 2.6 times as fast at 90% sparsity, median of 32 shapes"
             " (benchmarks/results/sparse_cpu_inference.json)",
         ),

@@ -18,9 +18,9 @@ from efficient.checkpoints import layout
 from efficient.checkpoints.checkpoint import Checkpointer
 from efficient.errors import UserError
 from efficient.parallel import redco, schedules
+from efficient.parallel.cut import Cut
 from efficient.parallel.gathering import check_gathering
 from efficient.parallel.mesh import make_mesh
-from efficient.parallel.pipeline import Cut
 from efficient.parallel.placement import Placement
 from efficient.parallel.schedule_ops import Schedule
 from efficient.parallel.scopes import Scopes
