@@ -131,7 +131,7 @@ def plot(rows: list[dict], metric: str, path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     axes = {
         "layer_parameters": "parameters of the replaced layers",
@@ -148,6 +148,9 @@ def plot(rows: list[dict], metric: str, path: str) -> None:
                 marker="o", capsize=3, label=name, color=f"C{i}", linewidth=1,
             )  # fmt: skip
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"held-out {metric.replace('_', ' ')}")

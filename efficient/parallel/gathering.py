@@ -6,8 +6,8 @@ a ring of permutes, each beside a part of the product. And the gradient of a wei
 fsdp and data together is an all-reduce of which most is thrown away, twice the bytes of a
 reduce-scatter. Under `config.scopes.gather = "block"` a block's parameters are gathered when the
 block begins, forward and again backward, and each gradient is summed into its layout at once,
-between and within groups one after the other. The traffic is then that of `parallel.scopes`, at
-the price of one block's parameters held whole.
+within and between groups one after the other. The traffic is then that of `parallel.scope_costs`,
+at the price of one block's parameters held whole.
 """
 
 import functools

@@ -120,6 +120,8 @@ def make_train_step(
         zeros = (moved(grads, summed, summed), *others)
         (buffers, (grads, metrics, weight)), _ = jax.lax.scan(microbatch, (buffers, zeros), items)
         weight = jnp.maximum(weight, 1e-9)
+        # Said after the loop too, which would otherwise keep them where they go next.
+        grads = moved(grads, summed, summed)
         grads, metrics = jax.tree.map(lambda a: a / weight, (grads, metrics))
         return grads, metrics | {"weight": weight}, buffers
 
