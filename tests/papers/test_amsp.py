@@ -399,8 +399,8 @@ def test_states_take_the_memory_of_the_formula(name):
 @pytest.mark.slow
 def test_what_the_compiler_does_by_itself():
     """More bytes than by blocks, and for global scopes other collectives."""
-    for name in ("mics", "zero_3"):
+    for name, least in (("mics", 1.05), ("zero_3", 1.15)):
         alone, blocks = sent(LAYOUTS[name]), sent(by_blocks(name))
-        assert sum(alone.values()) > sum(blocks.values())
+        assert sum(alone.values()) > least * sum(blocks.values())
     assert any(kind == "collective-permute" for kind, _ in sent(LAYOUTS["zero_3"]))
     assert not any(kind == "reduce-scatter" for kind, _ in sent(LAYOUTS["zero_3"]))
