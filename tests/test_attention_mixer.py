@@ -7,7 +7,7 @@ import pytest
 
 from efficient import model as model_lib
 from efficient.errors import UserError
-from efficient.mixers import attention as mixer
+from efficient.parallel import sequence
 from efficient.scope import Context, Rules, Scope
 from models.decoder import Decoder
 from models.vision import Vision
@@ -53,13 +53,13 @@ def run(kind, kernel):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernel_that_a_rule_names_runs_and_changes_no_result(kind, kernel, monkeypatch):
     asked = []
-    attention = mixer.attention
+    attention = sequence.attention
 
     def record(*arrays, **options):
         asked.append(options["implementation"])
         return attention(*arrays, **options)
 
-    monkeypatch.setattr(mixer, "attention", record)
+    monkeypatch.setattr(sequence, "attention", record)
     found, expected = run(kind, kernel), run(kind, "reference")
     assert asked == [kernel] * 2 + ["reference"] * 2
     for path, right in expected.items():

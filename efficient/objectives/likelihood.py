@@ -15,14 +15,13 @@ def cross_entropy(
 ) -> Float[Array, "*B"]:
     """-log softmax(logits)[target] in nats, float32; `smoothing` mixes in the uniform target.
 
-    Of logits that are split over V each device sums its own part, and one number a token is
-    summed over devices; a gather at the target would ask for the logits themselves.
+    Of logits that are split over V each device sums and looks up its own part, and a few numbers
+    a token are summed over devices.
     """
     logits = logits.astype(jnp.float32)
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     log_normalizer = jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1)) + top[..., 0]
-    classes = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    at_target = jnp.sum(jnp.where(classes == targets[..., None], logits, 0.0), axis=-1)
+    at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     if smoothing:
         at_target = (1 - smoothing) * at_target + smoothing * logits.mean(axis=-1)
     return log_normalizer - at_target

@@ -7,9 +7,9 @@ fsdp and data together is an all-reduce of which most is thrown away, twice the 
 reduce-scatter. Under `config.scopes.gather = "block"` a block's parameters are gathered when the
 block begins, forward and again backward, and each gradient is summed into its layout at once,
 within and between groups one after the other. The traffic is then that of `parallel.scope_costs`,
-at the price of one block's parameters held whole: for six Llama blocks on sixteen v5e chips a device
-sends 161 MB a step in place of 191 MB under ZeRO 3, and 151 MB in place of 160 MB under MiCS
-(`tests/papers/test_amsp.py`; compiled, not run).
+at the price of one block's parameters held whole: for six Llama blocks on sixteen v5e chips a
+device sends 161 MB a step in place of 191 MB under ZeRO 3, and 151 MB in place of 160 MB under
+MiCS (`tests/papers/test_amsp.py`; compiled, not run).
 """
 
 import functools

@@ -16,6 +16,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import UnsupportedOperationError
 
+from configs import common
 from efficient.cli import one_line
 from efficient.errors import UserError, nearest
 
@@ -90,6 +91,9 @@ def evaluate(argv: list[str]) -> None:
     if values.config is not None:
         config = _config(values)
     else:
+        for name, default in common.defaults().items():  # a run older than a field
+            if name not in config:
+                config[name] = default
         _fit_mesh(config)
     if values.lengths is not None:
         _evaluate_lengths(config, values, argv)

@@ -145,9 +145,13 @@ class Run:
         stages, given = self.placement.mesh.shape["pipeline"], self.config.pipeline
         if stages == 1:
             return None
-        schedule = schedules.build(
-            given["schedule"], stages, self.config.accumulate, given["chunks"]
-        )
+        where = f"config.pipeline, of config.accumulate={self.config.accumulate} microbatches"
+        try:
+            schedule = schedules.build(
+                given["schedule"], stages, self.config.accumulate, given["chunks"]
+            )
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         for phase in self.phases:
             Cut.of(phase.stacked, stages, given["chunks"])
         return schedule

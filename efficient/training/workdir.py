@@ -15,7 +15,10 @@ from efficient.training.metrics import FILE_NAME
 FREE_FIELDS = (
     "data_workers",
     "mesh",
+    "pipeline",
     "placement",
+    "scopes",
+    "sequence",
     "log_every",
     "eval_every",
     "eval_batches",

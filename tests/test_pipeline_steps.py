@@ -133,7 +133,10 @@ def test_a_run_goes_on_without_its_pipeline(tmp_path):
         ({"pipeline": {"schedule": "interleaved", "chunks": 3}}, "into 2 stages of 3 chunks"),
         ({"pipeline": {"schedule": "gpip", "chunks": 1}}, "no schedule 'gpip'; did you mean"),
         ({"pipeline": {"schedule": "gpipe", "chunks": 2}}, "gpipe has one chunk a stage"),
-        ({"pipeline": SCHEDULES["interleaved"], "accumulate": 1}, "microbatches"),
+        (
+            {"pipeline": SCHEDULES["interleaved"], "accumulate": 1},
+            "accumulate=1 microbatches: .* nearest is 2",
+        ),
         (
             {"wiring": {"at": "blocks/1", "use": "pre_norm", "drop_path": 0.1}},
             "blocks that are all alike; blocks/1 differs from the one before",
