@@ -345,7 +345,7 @@ def test_a_stack_may_be_split_over_its_layers(tmp_path):
 
 
 def test_bad_input_is_one_clear_line(tmp_path):
-    x = jnp.zeros((4, 8))
+    x, data = jnp.zeros((4, 8)), NamedSharding(mesh_of(4, 2), P("data"))
     cases = [
         ({"a/0-1/b/0-1/c": x}, {}, "two ranges"),
         ({"a/3-1/b": x}, {}, "does not ascend"),
@@ -367,7 +367,7 @@ def test_bad_input_is_one_clear_line(tmp_path):
             checkpoints.restore(structs({"a": x}))
         with pytest.raises(UserError, match="holds no checkpoint"):
             checkpoint.read(tmp_path / "nowhere")
-        uneven = {"a": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=on_layers.sharding)}
+        uneven = {"a": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=data)}
         with pytest.raises(UserError, match="cannot be placed"):
             checkpoints.restore(uneven)
     with pytest.raises(UserError, match="keep=0"):
