@@ -21,7 +21,13 @@ def cross_entropy(
     logits = logits.astype(jnp.float32)
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     log_normalizer = jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1)) + top[..., 0]
-    at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        # In a pipeline's stage XLA's partitioner aborts on a gather along a split axis. Elsewhere
+        # that takes one array of the logits' size less.
+        classes = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+        at_target = jnp.sum(jnp.where(classes == targets[..., None], logits, 0.0), axis=-1)
+    else:
+        at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     if smoothing:
         at_target = (1 - smoothing) * at_target + smoothing * logits.mean(axis=-1)
     return log_normalizer - at_target
