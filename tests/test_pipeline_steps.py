@@ -104,26 +104,34 @@ def test_memory_is_that_of_the_inputs_a_schedule_keeps():
         found[name] = compiled.memory_analysis().temp_size_in_bytes
         kept[name] = slots(ticks(schedules.build(name, 2, microbatches))).kept.max()
     assert kept == {"gpipe": 16, "eager_1f1b": 3}
-    an_input = 4 * 16 * 32 * 32
-    saved = found["gpipe"] - found["eager_1f1b"]
-    assert saved >= (kept["gpipe"] - kept["eager_1f1b"]) * an_input
-    assert saved <= 3 * (kept["gpipe"] - kept["eager_1f1b"]) * an_input  # a loop's copies
+    inputs = (found["gpipe"] - found["eager_1f1b"]) / (4 * 16 * 32 * 32)
+    assert abs(inputs - (kept["gpipe"] - kept["eager_1f1b"])) <= 1  # XLA's own buffers differ
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_without_its_pipeline(tmp_path):
-    fields = {"checkpoint_every": 2, "keep_checkpoints": 9}
-    whole = config(**fields)
-    loop.train(whole, str(tmp_path / "whole"))
-    piped = config(mesh={"data": 4, "pipeline": 2}, accumulate=2, **fields)
-    loop.train(piped, str(tmp_path / "piped"))
+    """Two steps in stages, two of Megatron's splits: the parameters of four steps of the latter."""
+
+    def run(folder, mesh):
+        one = config(mesh=mesh, accumulate=2, checkpoint_every=2, keep_checkpoints=9)
+        optimizer = {"name": "sgd", "learning_rate": 0.1}
+        one.phases = [{**one.phases[0], "optimizer": optimizer}]
+        loop.train(one, str(tmp_path / folder))
+
+    split = {"data": 4, "tensor": 2}
+    run("whole", split)
+    run("piped", {"data": 4, "pipeline": 2})
     (tmp_path / "piped" / "checkpoints" / "4").rename(tmp_path / "4")
-    again = config(mesh={"data": 8}, accumulate=1, **fields)
-    loop.train(again, str(tmp_path / "piped"))
-    assert tiny.steps_in(tmp_path / "piped")[-1] == 4
-    found = tiny.checkpoint(tmp_path / "piped", 2)
-    expected = tiny.checkpoint(tmp_path / "whole", 2)
+    run("piped", split)
+    assert tiny.steps_in(tmp_path / "piped") == [2, 4]
+    first = tiny.checkpoint(tmp_path / "whole", 2)
+    found, expected = (tiny.checkpoint(tmp_path / name, 4) for name in ("piped", "whole"))
     assert set(found) == set(expected)
+    for path in (p for p in expected if p.startswith("params/")):
+        moved = np.abs(expected[path] - first[path]).max()
+        error = np.abs(found[path] - expected[path]).max()
+        assert error <= 1e-4 * moved + 3e-7, path
+    assert np.abs(expected["params/embed/table"] - first["params/embed/table"]).max() > 1e-3
 
 
 @pytest.mark.parametrize(
