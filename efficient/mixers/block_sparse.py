@@ -46,7 +46,7 @@ def butterfly_mask(
     return mask & Causal() if causal else mask
 
 
-@register("mixer", "block_sparse_attention", segments=False)
+@register("mixer", "block_sparse_attention", segments=False, sequence=True)
 class BlockSparseAttention(Attention):
     """Attention to the blocks that a flat block butterfly joins to the query's own.
 

@@ -72,7 +72,7 @@ PAPER = Paper(
 )
 
 
-@register("mixer", "longgen", causal=(True,), segments=False)
+@register("mixer", "longgen", causal=(True,), segments=False, sequence=True)
 class LongGen(SparseAttention):
     """Causal attention to the last `window` keys and to `sinks` first ones or to strided blocks.
 

@@ -62,7 +62,7 @@ PAPER = Paper(
 )
 
 
-@register("mixer", "s2_attention", causal=(True,), segments=False)
+@register("mixer", "s2_attention", causal=(True,), segments=False, sequence=True)
 class S2Attention(SparseAttention):
     """Causal attention in which kv head n keeps every `stride`-th block of the context.
 
