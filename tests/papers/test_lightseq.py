@@ -231,7 +231,10 @@ def count(jaxpr, name):
     """How often an operation runs in a program."""
     found = 0
     for equation in jaxpr.eqns:
-        inner = sum(count(each, name) for each in jax.core.jaxprs_in_params(equation.params))
+        within = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        )
+        inner = sum(count(each, name) for each in within if hasattr(each, "eqns"))
         found += (equation.primitive.name == name) + inner * equation.params.get("length", 1)
     return found
 
