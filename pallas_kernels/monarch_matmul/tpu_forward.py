@@ -33,7 +33,7 @@ from pallas_kernels.interleave import (
     unpack,
 )
 from pallas_kernels.monarch_matmul import tpu_weights
-from pallas_kernels.monarch_matmul.tpu_plan import VMEM_BYTES, Plan
+from pallas_kernels.monarch_matmul.tpu_plan import VMEM_LIMIT, Plan
 
 # Of a turn of a loop of products: 4,096 bundles on a v5e.
 TURN_FLOPS = 2**29
@@ -68,7 +68,7 @@ def forward(x, right, left, bias, plan: Plan, activation, precision, interpret=F
 
 def compiler_params():
     return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
     )
 
 
