@@ -5,13 +5,14 @@ Command: python train.py --config=configs/megatron.py --workdir=runs/megatron
 Others: ...=configs/megatron.py:plain is the form of 2019, whose norms every device computes;
         tensor=2 is the number of devices a sublayer is split over.
 Hardware: two devices; a CPU is asked for two that share its cores. The plan needs none.
-Expected: the smoke run ends without error; no full run was made. The steps are those of one device.
+Expected: the smoke run ends without error; no full run was made, nor the plan. The steps are those
+          of one device.
 """
 
 from configs import common
 from efficient.errors import UserError, nearest
 
-# Table 2 of the paper: width, depth, heads.
+# Width, depth, heads of the paper's models, written from memory: its table was not read here.
 SHAPES = {
     "1.2b": (1536, 40, 16),
     "2.5b": (1920, 54, 20),
@@ -21,7 +22,7 @@ SHAPES = {
 
 
 def get_config(arg=None):
-    """`model` is `small` or one of the paper's shapes, of 1,024 tokens and bfloat16."""
+    """`model` is `small` or one of `SHAPES`, of 1,024 tokens and bfloat16."""
     arg = common.parse(arg, tensor=2, plain=False, model="small", steps=300)
     if arg.model != "small" and arg.model not in SHAPES:
         raise UserError(f"config argument model={arg.model!r}; {nearest(arg.model, SHAPES)}")

@@ -88,7 +88,8 @@ PAPER = Paper(
         Claim("8.3 billion parameters at 76% of linear scaling on 512 GPUs", note="needs GPUs"),
         Claim("perplexity of 10.8 on WikiText103", note="needs the corpus and a cluster"),
     ),
-    source="sections 3 and 4 of the paper; arXiv 2205.05198, section 4.2",
+    source="the abstracts; the papers' texts were not read. The splits are those that are commonly"
+    " described, and their collectives are counted here",
     departures=(
         "a vocabulary that tensor does not divide is not padded but stays whole on every device",
         "randomness is derived from step and layer, the same on all devices, so that dropout needs"

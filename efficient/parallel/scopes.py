@@ -155,7 +155,8 @@ PAPERS = (
                 "what model states take of memory",
                 f"{_AMSP}::test_states_take_the_memory_of_the_formula",
                 True,
-                "in the program that the TPU compiler makes for 16 chips",
+                "parameters and optimizer state in the program that the TPU compiler makes for 16"
+                " chips; of gradients only how their sums over microbatches are split",
             ),
             Claim(
                 "what a layout communicates",

@@ -50,7 +50,7 @@ PAPER = Paper(
             note="needs the weights; `init_from` with this wiring is how one would begin",
         ),
     ),
-    source="the abstract; open-lm-engine's ladder_residual layer, for the order within a block",
+    source="the abstract; the authors' published LadderResidualBlock, for the order within a block",
 )
 
 
