@@ -113,8 +113,23 @@ def medians(timed: dict[str, Timed], rounds: int, budget: float) -> dict[str, tu
     }
 
 
+def kernel_seconds(program: Callable, *arrays: Any, calls: int = 10) -> float | None:
+    """Of the kernels of a call of a jitted program, one after another, as CUPTI counts them.
+
+    What passes between two kernels is not in it. None where CUPTI cannot be used.
+    """
+    try:
+        from jax.experimental.mosaic.gpu import profiler
+
+        measured = profiler.measure(program, aggregate=True, iterations=calls)(*arrays)[1]
+        return statistics.median(measured) * 1e-3
+    except Exception as error:  # a second view of what is timed anyway
+        print(f"no kernel times: {reason(error)}", file=sys.stderr)
+        return None
+
+
 def write(path: str, on: Any, **parts: Any):
-    """A record of all figures, with device, version and command, where there is a path."""
+    """A record of all figures so far, with device, version and command, where there is a path."""
     if not path:
         return
     about = {

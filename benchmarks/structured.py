@@ -8,7 +8,8 @@ Then, shape by shape, the kernels, a dense product by cuBLAS, and the XLA form t
 process, so that what else happens to the machine meets all of them; a figure is the median over
 rounds. The XLA form of a Monarch product is two batched products by cuBLAS with copies that
 permute, that of a block-sparse one batched products of gathered blocks. Times are of calls queued
-behind each other, so the dispatch is hidden. Backward is forward and backward less forward.
+behind each other, which hides the dispatch where a call is longer than it; "kernels" is the sum of
+what CUPTI counts for each kernel of a call. Backward is forward and backward less forward.
 
 The roofline is the greater of FLOPs over the H200's peak and bytes over its bandwidth, for a kernel
 that moves every array once; backward, twice the FLOPs, weights and their gradients once, dy and x
@@ -23,7 +24,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -104,7 +105,7 @@ def shapes(ops: tuple[str, ...]) -> list[Shape]:
     found = {
         "monarch": [
             *(monarch(b, n // b, n // b, b, n // b, n // b) for n, b in square),
-            monarch(8, 128, 128, 8, 128, 512),
+            monarch(8, 128, 128, 8, 128, 512),  # up and down of GPT-2 medium
             monarch(8, 512, 128, 8, 128, 128),
         ],
         "block_sparse": [
@@ -157,10 +158,11 @@ def check(shape: Shape, rows: int) -> dict[str, Any]:
     return gpu.check(f"{shape.name}, {rows} rows", right, near, lambda: of("gpu")(*arrays))
 
 
-def timed(shape: Shape) -> dict[str, gpu.Timed | str]:
-    """By implementation; a string where one cannot run."""
+def timed(shape: Shape, peers: Sequence[str]) -> tuple[dict[str, gpu.Timed | str], dict]:
+    """By implementation: calls, or a string where one cannot run; and seconds of the kernels."""
     found: dict[str, gpu.Timed | str] = {}
-    for name in PEERS:
+    kernels: dict[str, tuple[float | None, ...]] = {}
+    for name in peers:
         try:
             x, dy, *weights = shape.draw(M)
             product = functools.partial(shape.product, name)
@@ -175,20 +177,27 @@ def timed(shape: Shape) -> dict[str, gpu.Timed | str]:
             )
             for call in calls:
                 jax.block_until_ready(call())
+            kernels[name] = tuple(
+                gpu.kernel_seconds(program, *given)
+                for program, given in ((forward, (x, *weights)), (step, (x, dy, *weights)))
+            )
             found[name] = gpu.Timed(calls)
         except Exception as error:  # a peer that cannot do a shape is a row that says why
             found[name] = gpu.reason(error)
-    return found
+    return found, kernels
 
 
-def measure(shape: Shape, rounds: int, budget: float) -> list[dict[str, Any]]:
+def measure(
+    shape: Shape, rounds: int, budget: float, peers: Sequence[str] = PEERS
+) -> list[dict[str, Any]]:
     """A row for each implementation."""
-    found = timed(shape)
+    found, kernels = timed(shape, peers)
     ready = {name: x for name, x in found.items() if not isinstance(x, str)}
     rows = [{"case": shape.name, "by": k, "reason": x} for k, x in found.items() if k not in ready]
     for name, (forward, step) in gpu.medians(ready, rounds, budget).items():
         rows.append({
             "case": shape.name, "by": name, "forward_s": forward, "step_s": step,
+            "forward_kernels_s": kernels[name][0], "step_kernels_s": kernels[name][1],
             "roofline": shape.roofline(M, False) / forward,
             "backward_roofline": shape.roofline(M, True) / (step - forward)
             if step > forward else None,
@@ -199,11 +208,14 @@ def measure(shape: Shape, rounds: int, budget: float) -> list[dict[str, Any]]:
 def line(row: dict[str, Any]) -> str:
     if "reason" in row:
         return f"{row['case']:40}{row['by']:12}{row['reason']}"
-    backward = row["backward_roofline"]
+    us = lambda s: "-" if s is None else format(s * 1e6, ".0f")  # noqa: E731
+    forward, step = row["forward_kernels_s"], row["step_kernels_s"]
+    back, ratio = None if step is None else step - forward, row["backward_roofline"]
     return (
-        f"{row['case']:40}{row['by']:12}{row['forward_s'] * 1e6:10.0f} us{row['roofline']:10.2f}"
-        f"{(row['step_s'] - row['forward_s']) * 1e6:10.0f} us"
-        f"{'-' if backward is None else format(backward, '.2f'):>10}"
+        f"{row['case']:40}{row['by']:10}"
+        f"{us(row['forward_s']):>9}{us(forward):>9}{row['roofline']:>9.2f}"
+        f"{us(row['step_s'] - row['forward_s']):>9}{us(back):>9}"
+        f"{'-' if ratio is None else format(ratio, '.2f'):>9}"
     )
 
 
@@ -211,12 +223,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Structured products on a GPU beside cuBLAS.")
     parser.add_argument("--op", default=",".join(OPS), help="of monarch, block_sparse, with commas")
     parser.add_argument("--only", default="", help="names of shapes, separated by commas")
+    parser.add_argument("--by", default=",".join(PEERS), help="of gpu, dense, blockwise")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", default="", help="where to write all figures")
     args = parser.parse_args(argv)
     ops = tuple(args.op.split(","))
     if set(ops) - set(OPS):
         print(f"no op {args.op}; of: {', '.join(OPS)}", file=sys.stderr)
+        return 2
+    peers = tuple(args.by.split(","))
+    if set(peers) - set(PEERS):
+        print(f"no implementation {args.by}; of: {', '.join(PEERS)}", file=sys.stderr)
         return 2
     chosen = gpu.chosen(shapes(ops), args.only)
     if chosen is None:
@@ -226,17 +243,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     checks = []
     for shape in check_shapes(ops):
-        for rows in (512, 200):
-            checks.append(check(shape, rows))
-            gpu.say(checks[-1], "y, dx and weights")
-    titles = f"{'forward':>13}{'roofline':>10}{'backward':>13}{'roofline':>10}"
-    print(f"{'case':40}{'by':12}{titles}")
+        checks.append(check(shape, 200))  # no whole number of tiles
+        gpu.say(checks[-1], "y, dx and weights")
+    each = f"{'kernels':>9}{'roofline':>9}"
+    print(f"{'case (microseconds)':40}{'by':10}{'forward':>9}{each}{'backward':>9}{each}")
     rows = []
     for shape in chosen:
-        for row in measure(shape, args.rounds, budget=0.02):
+        for row in measure(shape, args.rounds, 0.02, peers):
             rows.append(row)
             print(line(row), flush=True)
-    gpu.write(args.json, device, checks=checks, rows=rows)
+        gpu.write(args.json, device, checks=checks, rows=rows)
     return 0 if all(c["passed"] for c in checks) else 1
 
 

@@ -11,13 +11,11 @@ these instructions, which compiling it does.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -25,8 +23,7 @@ ROWS = 64  # what one wgmma takes
 DEPTH = 64  # of a stage of the ring: 128 bytes of bfloat16, the widest swizzle
 COMPUTE = 2  # warpgroups that compute; one more copies
 CORES = 132  # streaming multiprocessors of an H100 or H200 (SXM)
-# Registers of a thread: 168 each at the start, moved from who copies to who computes. With fewer,
-# copies to clusters put some out to memory.
+# Registers of a thread: 168 each at the start, moved from who copies to who computes.
 COMPUTING, COPYING = 224, 56
 # Bytes of shared memory of a thread block, less 2 KB for barriers and alignment.
 SHARED = 232_448 - 2048
@@ -65,7 +62,7 @@ def shared(*shape: int, dtype) -> plgpu.SMEM:
 
 
 class Ring(NamedTuple):
-    """Stages in shared memory, filled by the one warpgroup and freed by `arrivals` of the others.
+    """Stages in shared memory, filled by the one warpgroup and freed by the others.
 
     buffers: arrays [stages, ...] filled together by `copies` copies. filled, freed: a barrier each.
     """
@@ -75,14 +72,10 @@ class Ring(NamedTuple):
     freed: Any
 
     @classmethod
-    def scratch(cls, *buffers, copies: int, arrivals: int = COMPUTE, cluster: tuple[str, ...] = ()):
-        """Args: cluster: axes along which copies go to several thread blocks, on the chip."""
+    def scratch(cls, *buffers, copies: int):
         stages = buffers[0].shape[0]
         filled = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
-        sizes = {"num_arrivals": arrivals, "num_barriers": stages}
-        if cluster:
-            return cls(buffers, filled, plgpu.ClusterBarrier(collective_axes=cluster, **sizes))
-        return cls(buffers, filled, plgpu.Barrier(**sizes))
+        return cls(buffers, filled, plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages))
 
     @property
     def stages(self) -> int:
@@ -95,13 +88,11 @@ class Ring(NamedTuple):
         plgpu.barrier_arrive(self.freed.at[stage])
 
     def fill(self, step, *copies):
-        """Copies (source, stage -> where to, axis of thread blocks to share it with or None)."""
+        """Copies (source, stage -> where to)."""
         stage = self.stage(step)
         plgpu.barrier_wait(self.freed.at[stage])
-        for source, target, axis in copies:
-            plgpu.copy_gmem_to_smem(
-                source, target(stage), self.filled.at[stage], collective_axes=axis
-            )
+        for source, target in copies:
+            plgpu.copy_gmem_to_smem(source, target(stage), self.filled.at[stage])
 
 
 class Operand(NamedTuple):
@@ -126,19 +117,15 @@ class Machine:
     def chip(self) -> bool:
         return self.interpret is None
 
-    def launch(self, body: Callable, operands, out_type: Sequence, scratch, count: int, cluster=()):
+    def launch(self, body: Callable, operands, out_type: Sequence, scratch, count: int):
         """Runs body(mine, inputs, outputs, scratch) on refs; mine(i) is the block's i-th item.
 
         Args:
           operands: a pytree of arrays. scratch: a pytree.
-          count: items of work; `mine.count` of them are a block's, or a cluster's.
-          cluster: (axis, size) of each axis of a cluster of thread blocks. The interpreter knows no
-            clusters: there they are further axes of the grid.
+          count: items of work; `mine.count` of them are a block's.
         """
         leaves, tree = jax.tree.flatten(operands)
-        names, sizes = tuple(n for n, _ in cluster), tuple(n for _, n in cluster)
-        cores = min(max(self.cores // math.prod(sizes), 1), count)
-        inner = {"cluster": sizes, "cluster_names": names} if sizes and self.chip else {}
+        cores = min(self.cores, count)
 
         def kernel(*refs, scratch):
             inputs = jax.tree.unflatten(tree, refs[: len(leaves)])
@@ -150,9 +137,8 @@ class Machine:
             kernel_name=body.__name__,
             out_type=tuple(out_type),
             scratch_types={"scratch": scratch},
-            grid=(cores,) if self.chip else (cores, *sizes),
-            grid_names=("core",) if self.chip else ("core", *names),
-            **inner,
+            grid=(cores,),
+            grid_names=("core",),
             num_threads=COMPUTE + 1,
             thread_name="warpgroup",
             compiler_params=plgpu.CompilerParams(
@@ -161,21 +147,17 @@ class Machine:
             **({} if self.chip else {"interpret": self.interpret}),
         )(*leaves)
 
-    def roles(self, ring: Ring, arrivals: int, compute: Callable, copy: Callable):
-        """compute(warpgroup) in those that compute, copy() in the one that copies.
-
-        Args:
-          arrivals: of the warpgroups, at each `freed` barrier of the ring.
-        """
+    def roles(self, rings: Sequence[Ring], compute: Callable, copy: Callable):
+        """compute(warpgroup) in those that compute, copy() in the one that copies, into `rings`."""
         group = jax.lax.axis_index("warpgroup")
 
         @pl.when(group < COMPUTE)
         def _():
             if self.chip:
                 plgpu.set_max_registers(COMPUTING, action="increase")
-            for stage in range(ring.stages):
-                free = functools.partial(ring.free, stage)
-                pl.when(group < arrivals)(free) if arrivals < COMPUTE else free()
+            for ring in rings:
+                for stage in range(ring.stages):
+                    ring.free(stage)
             compute(group)
             plgpu.wait_smem_to_gmem(0)
 
@@ -185,15 +167,16 @@ class Machine:
                 plgpu.set_max_registers(COPYING, action="decrease")
             copy()
             # No warpgroup of a block ends while another has yet to arrive at its barriers.
-            for stage in range(ring.stages):
-                plgpu.barrier_wait(ring.freed.at[stage])
+            for ring in rings:
+                for stage in range(ring.stages):
+                    plgpu.barrier_wait(ring.freed.at[stage])
 
     def full(self, shape, value):
         x = jnp.full(shape, value, jnp.float32)
         return plgpu.layout_cast(x, TILE) if self.chip else x
 
-    def products(self, ring: Ring, step, steps, operands, columns, every=1, totals=None):
-        """The sums over `steps` stages of the ring, `every` apart from `step` on, of a b.
+    def products(self, ring: Ring, step, steps, operands, columns, totals=None):
+        """The sums over `steps` stages of the ring, from `step` on, of a b.
 
         Args:
           operands: (stage, i) -> ([Operand a [64, depth], ...], Operand b [depth, columns]), i the
@@ -206,28 +189,28 @@ class Machine:
         if totals is None:
             totals = [self.full((ROWS, columns), 0)]
         if not self.chip:
-            return self._interpreted(ring, step, steps, operands, every, totals)
+            return self._interpreted(ring, step, steps, operands, totals)
 
         def run(accumulators):
             def turn(i, _):
-                stage = ring.stage(step + i * every)
+                stage = ring.stage(step + i)
                 plgpu.barrier_wait(ring.filled.at[stage])
                 parts, b = operands(stage, i)
                 for accumulator, a in zip(accumulators, parts, strict=True):
                     plgpu.wgmma(accumulator, _as_stored(a), _as_stored(b))
                 # Of this step alone may be under way; so the step before has been read.
                 plgpu.wgmma_wait(len(accumulators))
-                pl.when(i > 0)(lambda: ring.free(ring.stage(step + (i - 1) * every)))
+                pl.when(i > 0)(lambda: ring.free(ring.stage(step + i - 1)))
 
             jax.lax.fori_loop(jnp.int32(0), steps, turn, None)
             plgpu.wgmma_wait(0)
-            pl.when(steps > 0)(lambda: ring.free(ring.stage(step + (steps - 1) * every)))
+            pl.when(steps > 0)(lambda: ring.free(ring.stage(step + steps - 1)))
 
         return list(pl.run_state(run)([plgpu.ACC.init(total) for total in totals]))
 
-    def _interpreted(self, ring, step, steps, operands, every, totals):
+    def _interpreted(self, ring, step, steps, operands, totals):
         def turn(i, totals):
-            stage = ring.stage(step + i * every)
+            stage = ring.stage(step + i)
             plgpu.barrier_wait(ring.filled.at[stage])
             parts, b = operands(stage, i)
             b = _read(b)
@@ -241,21 +224,6 @@ class Machine:
             return sums
 
         return jax.lax.fori_loop(jnp.int32(0), steps, turn, list(totals))
-
-    def beside(self, parts):
-        """[64, n] of arrays [64, n / len(parts)], next to each other; multiples of 8 columns."""
-        if len(parts) == 1 or not self.chip:
-            return jnp.concatenate(parts, 1)
-        rows, columns = parts[0].shape
-        shape = plgpu.ShapeDtypeStruct((rows, columns * len(parts)), parts[0].dtype, layout=TILE)
-
-        @plgpu.inline_mgpu(arg_types=(TILE,) * len(parts), return_type=shape)
-        def join(_, *parts):
-            # A thread's registers, by tiles of the array, get other names: no instruction.
-            registers = np.concatenate([part.registers for part in parts], axis=1)
-            return type(parts[0])(_registers=registers, _layout=parts[0].layout, _is_signed=None)
-
-        return join(*parts)
 
 
 class Mine(NamedTuple):

@@ -1,9 +1,10 @@
 """Gradients of blocks of weights on Hopper: sums over rows of products of two pieces of each row.
 
-Out n is a[:, i_n : i_n + P]^T b[:, j_n : j_n + Q]. A thread block makes a tile of an out in
-registers, in the order of the rows, and where there are fewer tiles than streaming multiprocessors
-they are split by rows into sums of their own, which XLA adds: nothing is atomic, and the result is
-the same each time.
+Out n is a[:, i_n : i_n + P]^T b[:, j_n : j_n + Q]. Either side may also lie features by features,
+as `hopper_blocks` leaves it; its block n is then the side of out n. A thread block makes a tile of
+an out in registers, in the order of the rows, and where there are fewer tiles than streaming
+multiprocessors they are split by rows into sums of their own, which XLA adds: nothing is atomic,
+and the result is the same each time.
 """
 
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ MOST_SPLITS = 8
 
 
 class Inputs(NamedTuple):
-    a: Any  # [M, I]
-    b: Any  # [M, J]
+    a: Any  # [M, I], or [n, M / 128, P, 128]
+    b: Any  # [M, J], or [n, M / 128, Q, 128]
     starts: Any  # int32[n, 2], of columns of a and b
 
 
@@ -47,22 +48,26 @@ def gradients(name, a, b, starts: np.ndarray, P: int, Q: int, *, machine: Machin
 
     Args:
       name: of the kernel.
-      starts: int[n, 2], the first columns of a and b of each out.
+      a, b: or [n, M / 128, features, 128], M a multiple of 128.
+      starts: int[n, 2], the first columns of a and b of each out; not read of features.
     """
-    steps = a.shape[0] // DEPTH
+    steps = (a.shape[1] * a.shape[3] if a.ndim == 4 else a.shape[0]) // DEPTH
     at = _plan(len(starts), P, Q, steps, machine.cores)
 
     def weight_gradients(mine, inputs, outputs, scratch):
         machine.roles(
-            scratch.ring, COMPUTE,
-            lambda group: _compute(machine, at, mine, steps, outputs[0], scratch, group),
+            (scratch.ring,),
+            lambda group: _compute(machine, at, mine, steps, inputs, outputs[0], scratch, group),
             lambda: _copy(at, mine, steps, inputs, scratch.ring),
         )  # fmt: skip
 
     stage = 2 * DEPTH * (TALL + at.columns)
     own = shared(COMPUTE, ROWS, DEPTH, dtype=jnp.float32)
     stages = min(6, (SHARED - 4 * COMPUTE * ROWS * DEPTH) // stage)
-    panels = (shared(stages, DEPTH, width, dtype=a.dtype) for width in (TALL, at.columns))
+    panels = [
+        shared(stages, *((width, DEPTH) if side.ndim == 4 else (DEPTH, width)), dtype=a.dtype)
+        for side, width in ((a, TALL), (b, at.columns))
+    ]
     scratch = Scratch(Ring.scratch(*panels, copies=2), own)
     out = jax.ShapeDtypeStruct((at.splits, at.n, P, Q), jnp.float32)
     inputs = Inputs(a, b, jnp.asarray(starts, jnp.int32))
@@ -106,6 +111,15 @@ def _tile(at: Plan, item, steps: int) -> _Tile:
     return _Tile(item, n, row * TALL, column * at.columns, first, count)
 
 
+def _stage(side, n, step, start, within, width: int):
+    """64 rows of some features: from `start` on, or `within` block n of features by features."""
+    if side.ndim == 2:
+        return side.at[pl.ds(step * DEPTH, DEPTH), pl.ds(start, width)]
+    per = side.shape[3] // DEPTH
+    tile, part = jax.lax.div(step, jnp.int32(per)), jax.lax.rem(step, jnp.int32(per))
+    return side.at[n, tile, pl.ds(within, width), pl.ds(part * DEPTH, DEPTH)]
+
+
 def _copy(at: Plan, mine, steps, inputs: Inputs, ring: Ring):
     def item(i, step):
         tile = _tile(at, mine(i), steps)
@@ -114,11 +128,12 @@ def _copy(at: Plan, mine, steps, inputs: Inputs, ring: Ring):
 
         @pl.loop(jnp.int32(0), tile.count)
         def _(j):
-            rows = pl.ds((tile.first + j) * DEPTH, DEPTH)
+            a = _stage(inputs.a, tile.n, tile.first + j, of_a, tile.row, TALL)
+            b = _stage(inputs.b, tile.n, tile.first + j, of_b, tile.column, at.columns)
             ring.fill(
                 step + j,
-                (inputs.a.at[rows, pl.ds(of_a, TALL)], lambda s: ring.buffers[0].at[s], None),
-                (inputs.b.at[rows, pl.ds(of_b, at.columns)], lambda s: ring.buffers[1].at[s], None),
+                (a, lambda s: ring.buffers[0].at[s]),
+                (b, lambda s: ring.buffers[1].at[s]),
             )
 
         return step + tile.count
@@ -126,12 +141,16 @@ def _copy(at: Plan, mine, steps, inputs: Inputs, ring: Ring):
     jax.lax.fori_loop(jnp.int32(0), mine.count, item, jnp.int32(0))
 
 
-def _compute(machine: Machine, at: Plan, mine, steps, out, scratch: Scratch, group):
+def _compute(machine: Machine, at: Plan, mine, steps, inputs, out, scratch: Scratch, group):
     a, b = scratch.ring.buffers
+    own = pl.ds(group * ROWS, ROWS)
 
     def operands(stage, _):
-        mine = a.at[stage, :, pl.ds(group * ROWS, ROWS)]
-        return [Operand(mine, True)], Operand(b.at[stage])
+        if inputs.a.ndim == 4:
+            left = Operand(a.at[stage, own])
+        else:
+            left = Operand(a.at[stage, :, own], True)
+        return [left], Operand(b.at[stage], inputs.b.ndim == 4)
 
     def item(i, step):
         tile = _tile(at, mine(i), steps)

@@ -1,4 +1,9 @@
-"""What tests of Hopper kernels share: the interpreter, the compiler, errors against roundings."""
+"""What tests of Hopper kernels share: the chip or its interpreter, the compiler, roundings.
+
+The tests of numbers run on a Hopper GPU where JAX sees one, without tests/conftest.py, which wants
+CPUs: python -m pytest --noconftest -m "" -k numbers tests/test_attention_gpu.py \\
+tests/test_monarch_matmul_gpu.py tests/test_block_sparse_matmul_gpu.py
+"""
 
 import os
 import re
@@ -16,16 +21,26 @@ from pallas_kernels.lab.gpu import INSTALL, SHARED_LIMIT, interpreter
 from pallas_kernels.lab.worker import Job, Workers
 
 
-def machine() -> Machine:
-    """An interpreter that detects races; memory starts as NaN."""
+def interpreted():
+    """None on a GPU; else parameters of an interpreter that detects races, memory NaN at first."""
+    if jax.default_backend() == "gpu":
+        return None
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
-    interpret = params.InterpretGPUParams(
+    return params.InterpretGPUParams(
         detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
     )
-    return Machine(interpret, cores=2)
+
+
+def machine() -> Machine:
+    """The GPU here, or an interpreter of two of its cores."""
+    interpret = interpreted()
+    return Machine() if interpret is None else Machine(interpret, cores=2)
 
 
 def no_races():
+    """Where they are detected, which the chip does not."""
+    if jax.default_backend() == "gpu":
+        return
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
     assert not interpret_pallas_call.get_races().races_found

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import attention_numpy
+import hopper_checks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,17 +135,8 @@ def test_unsupported_says_why(change, reason):
 
 
 def _machine():
-    params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
-    interpret = params.InterpretGPUParams(
-        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
-    )
-    return Machine(interpret, cores=2)
-
-
-def _no_races():
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
-    assert not interpret_pallas_call.get_races().races_found
+    interpret = hopper_checks.interpreted()
+    return Machine() if interpret is None else Machine(interpret, cores=2)
 
 
 def _compare(
@@ -164,10 +156,10 @@ def _compare(
     assert gpu.unsupported(*given, settings) is None
     machine = _machine()
     out, lse = jax.jit(lambda *given: gpu.forward(*given, settings, machine))(*given)
-    _no_races()
+    hopper_checks.no_races()
     step = jax.jit(lambda *given: gpu.backward(*given, settings, machine)[:3])
     dq, dk, dv = step(*given, out, lse, dout, dlse)
-    _no_races()
+    hopper_checks.no_races()
     found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     n, t, s = np.arange(N)[:, None, None], np.arange(T)[:, None], np.arange(S)
     seen = np.broadcast_to(mask.element(n, t, s), (B, N, T, S))
@@ -226,7 +218,7 @@ def test_learned_sinks(dtype, monkeypatch):
         assert gpu.unsupported(*arrays[:7], settings) is None
         machine = _machine()
         found = jax.jit(lambda *x: getattr(gpu, direction)(*x, settings, machine))(*arrays)
-        _no_races()
+        hopper_checks.no_races()
         return found
 
     monkeypatch.setattr(dispatch, "run", run)

@@ -13,9 +13,10 @@ import pytest
 from hopper_checks import rounded
 from test_monarch_matmul import expected, make
 
-from pallas_kernels.monarch_matmul import gpu, gpu_product, monarch_matmul
+from pallas_kernels import hopper, hopper_blocks
+from pallas_kernels.monarch_matmul import gpu, monarch_matmul
 
-KERNELS = {f"monarch_{kernel}" for kernel in ("forward", "z", "dx", "dright", "dleft")}
+KERNELS = {f"monarch_{kernel}" for kernel in ("z", "y", "dz", "dx", "dright", "dleft")}
 
 
 @pytest.mark.parametrize(
@@ -23,8 +24,8 @@ KERNELS = {f"monarch_{kernel}" for kernel in ("forward", "z", "dx", "dright", "d
     [
         ((4, 128, 128, 4, 128, 128), jnp.bfloat16, None),
         ((4, 128, 128, 4, 128, 192), jnp.bfloat16, "s = 192 of the blocks is no multiple of 128"),
-        ((6, 128, 128, 3, 256, 128), jnp.bfloat16, "q = 128 of right's blocks is no multiple of 8"),
-        ((2, 128, 4096, 2, 4096, 128), jnp.bfloat16, "too large for shared memory"),
+        ((6, 128, 128, 3, 256, 128), jnp.bfloat16, "q = 128 of right's blocks over left's 3 blocks"),
+        ((2, 128, 1024, 2, 1024, 128), jnp.bfloat16, "1024 x 128 is too large for shared memory"),
         ((4, 128, 128, 4, 128, 128), jnp.float32, "dtype float32; accepted: bfloat16 or float16"),
     ],
 )
@@ -38,22 +39,21 @@ def test_unsupported_says_why(sizes, dtype, reason):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "group", "width", "shared"),
+    ("sizes", "columns", "stages", "groups"),
     [
-        ((8192, 16, 256, 16, 256, 16), 4, 16, (4, 2)),
-        ((8192, 8, 512, 8, 512, 64), 1, 64, (4, 2)),
-        ((64, 4, 256, 4, 256, 64), 2, 64, (2, 1)),
-        ((64 * 6, 2, 128, 2, 128, 64), 2, 64, (1, 2)),
+        ((8192, 16, 256, 256), 256, 5, 8),
+        ((8192, 8, 512, 512), 128, 5, 4),
+        ((256, 16, 256, 256), 256, 5, 2),
+        ((128, 256, 128, 128), 128, 8, 1),
     ],
 )
-def test_plans(sizes, group, width, shared):
-    """z of a group in shared memory; a ring of an even number of stages beside it."""
-    at = gpu_product.plan(*sizes)
-    assert (at.group, at.width, at.shared) == (group, width, shared)
-    assert at.stages % 2 == 0 and at.stages >= 4
+def test_plans(sizes, columns, stages, groups):
+    """A panel of weights in shared memory with the ring; no more thread blocks than have rows."""
+    at = hopper_blocks.plan(*sizes, hopper.CORES)
+    assert (at.columns, at.stages, at.groups) == (columns, stages, groups)
 
 
-def test_for_a_gpu_the_kernels_are_in_the_program_on_request_alone():
+def test_for_a_gpu_the_kernels_are_in_the_program():
     x, right, left, _, dy = make((2, 128, 128, 2, 128, 128), (64,), jnp.bfloat16)
 
     def kernels(implementation):
@@ -64,7 +64,7 @@ def test_for_a_gpu_the_kernels_are_in_the_program_on_request_alone():
 
         return hopper_checks.lowered_kernels("monarch", both, x, right, left, dy)
 
-    assert kernels("gpu") == KERNELS and kernels(None) == set()
+    assert kernels("gpu") == kernels(None) == KERNELS and kernels("blockwise") == set()
     with pytest.raises(ValueError, match="needs a GPU; accepted elsewhere: None"):
         monarch_matmul(x, right, left, implementation="gpu")
 
@@ -111,6 +111,7 @@ NUMBERS = {
     "pieces of 8": ((16, 128, 128, 16, 128, 128), 64, jnp.bfloat16),
     "whole blocks, float16": ((1, 128, 256, 2, 128, 128), 64, jnp.float16),
     "narrow": ((2, 256, 256, 4, 128, 128), 192, jnp.bfloat16),
+    "panels": ((2, 512, 128, 2, 128, 512), 128, jnp.bfloat16),
     "wide": ((4, 128, 128, 2, 256, 512), 128, jnp.bfloat16),
 }
 

@@ -64,8 +64,7 @@ def attention(
         runs on a mesh whose axes are of type Auto; not where they are Explicit (it is read off
         q), in `shard_map`, or for blockwise, which XLA partitions.
       implementation: None, by the platform for which the program is lowered; or "reference"
-        (memory T x S), "blockwise", "tpu", "gpu" (which None does not choose yet: compiled and
-        interpreted, it has not run on a GPU).
+        (memory T x S), "blockwise", "tpu", "gpu" (of the Hopper generation).
 
     Returns:
       out [B, T, N, H] in v's dtype; with return_lse (out, lse), lse [B, N, T] in float32. A row

@@ -94,7 +94,7 @@ CASES = [
 
 
 def _on_hopper(q, k, v, *, mask: Mask):
-    """out of the Hopper kernel, which runs on request alone."""
+    """out of the Hopper kernel."""
     return attention(q, k, v, mask=mask, implementation="gpu")
 
 

@@ -10,8 +10,6 @@ from pallas_kernels.attention import blockwise
 
 # Platform of XLA -> the module that holds its kernels, under the name of `implementation`.
 KERNELS = {"tpu": "tpu", "cuda": "gpu"}
-# Taken without being asked for. Those for GPUs have been compiled and interpreted, but never run.
-BY_DEFAULT = ("tpu",)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -21,20 +19,18 @@ def run(direction, implementation, settings, *arrays):
     Jitted, so that a call outside of jit is one program and calls alike are traced once.
 
     Args:
-      implementation: "blockwise", "tpu" or "gpu"; None is the platform's kernel, of `BY_DEFAULT`,
-        where it supports these arguments, and blockwise where not, which is said once when the
-        program is lowered.
+      implementation: "blockwise", "tpu" or "gpu"; None is the platform's kernel where it supports
+        these arguments, and blockwise where not, which is said once when the program is lowered.
     """
     call = functools.partial(_call, direction, settings)
     on_cpu = functools.partial(call, blockwise, platform="cpu")
     elsewhere = functools.partial(call, blockwise, platform="accelerator")
     kernels = {}
     for platform, name in KERNELS.items():
-        if name in (implementation, *BY_DEFAULT):
-            module = _kernels(name)
-            reason = _unsupported(module, name, arrays, settings)
-            here = None if module is None else functools.partial(call, module)
-            kernels[platform] = dispatch.Kernel(name, here, reason)
+        module = _kernels(name)
+        reason = _unsupported(module, name, arrays, settings)
+        here = None if module is None else functools.partial(call, module)
+        kernels[platform] = dispatch.Kernel(name, here, reason)
     return dispatch.choose("attention", implementation, arrays, on_cpu, elsewhere, kernels)
 
 

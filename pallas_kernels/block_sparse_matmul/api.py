@@ -48,8 +48,7 @@ def block_sparse_matmul(
         mesh of Auto axes; on one of Explicit axes it is read off x.
       precision: of float32 products, as for `jax.numpy.einsum`. Sums are in float32 whatever it is.
       implementation: None, by the platform for which the program is lowered; or "reference" (a
-        dense matrix), "blockwise" (XLA operations; what CPUs and GPUs get), "tpu", "gpu" (kernels
-        for Hopper GPUs, which have not run on one).
+        dense matrix), "blockwise" (XLA operations), "tpu", "gpu" (kernels for Hopper GPUs).
 
     Returns:
       [..., O] in x's dtype.
@@ -135,7 +134,6 @@ def _choose(implementation, arrays, call, reasons):
     kernels = {
         platform: dispatch.Kernel(name, functools.partial(call, module), reasons[name])
         for platform, name, module in (("tpu", "tpu", tpu), ("cuda", "gpu", gpu))
-        if name in (implementation, "tpu")  # those for GPUs have never run: on request alone
     }
     return dispatch.choose(
         "block_sparse_matmul", implementation, arrays, on_cpu, elsewhere, kernels

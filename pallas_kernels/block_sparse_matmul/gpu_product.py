@@ -106,7 +106,7 @@ def multiply(
 
     def body(mine, inputs, outputs, scratch):
         machine.roles(
-            scratch.ring, COMPUTE,
+            (scratch.ring,),
             lambda group: _compute(machine, at, mine, inputs, outputs, scratch, group),
             lambda: _copy(at, mine, inputs, scratch.ring),
         )  # fmt: skip
@@ -143,8 +143,8 @@ def _copy(at: Plan, mine, inputs: Inputs, ring: Ring):
     def fill(step, left, right):
         ring.fill(
             step,
-            (left, lambda stage: ring.buffers[0].at[stage], None),
-            (right, lambda stage: ring.buffers[1].at[stage], None),
+            (left, lambda stage: ring.buffers[0].at[stage]),
+            (right, lambda stage: ring.buffers[1].at[stage]),
         )
 
     def piece(first, depth):

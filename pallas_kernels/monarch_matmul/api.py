@@ -38,8 +38,9 @@ def monarch_matmul(
 
     On a TPU it is one kernel each way: x is read and y written once, in their true order, and z
     stays on chip. It takes p, q, r and s that are multiples of 128, L a power of two, and weights
-    that fit on the chip; other shapes are two batched products by XLA, said once.
-    Kernels for Hopper GPUs, which have not run on one, are taken on request alone.
+    that fit on the chip; other shapes are two batched products by XLA, said once. On a Hopper GPU
+    it is two kernels, z between them in memory, and a pass of XLA that puts y in order; `gpu` says
+    which shapes they take.
 
     Args:
       x: [..., K p], float32, bfloat16, float16 or float64.
@@ -56,7 +57,7 @@ def monarch_matmul(
       outputs: mesh axes that split the features of y, the blocks of right and the columns of left,
         where x's features are whole; needs `sharding`. See `split`.
       implementation: None, by the platform for which the program is lowered; or "reference",
-        "blockwise" (XLA operations; what GPUs get), "tpu", "gpu".
+        "blockwise" (XLA operations), "tpu", "gpu".
 
     Returns:
       y [..., L s] in x's dtype.
@@ -153,11 +154,10 @@ def _run(direction, implementation, activation, precision, x, right, left, last)
     elsewhere = functools.partial(call, blockwise, platform="accelerator")
     kernels = {}
     for platform, name, module in (("tpu", "tpu", tpu), ("cuda", "gpu", gpu)):
-        if name in (implementation, "tpu"):  # those for GPUs have never run: on request alone
-            reason = module.unsupported(x, right, left, direction == "backward")
-            if dispatch.manual(arrays):
-                reason = "inside shard_map a kernel needs check_vma=False"
-            kernels[platform] = dispatch.Kernel(name, functools.partial(call, module), reason)
+        reason = module.unsupported(x, right, left, direction == "backward")
+        if dispatch.manual(arrays):
+            reason = "inside shard_map a kernel needs check_vma=False"
+        kernels[platform] = dispatch.Kernel(name, functools.partial(call, module), reason)
     return dispatch.choose("monarch_matmul", implementation, arrays, on_cpu, elsewhere, kernels)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.lab import Case, Program
 from pallas_kernels.lab.case import TPUS
-from pallas_kernels.monarch_matmul import gpu, tpu, tpu_plan, tpu_weights
+from pallas_kernels.monarch_matmul import tpu, tpu_plan, tpu_weights
 from pallas_kernels.monarch_matmul.api import monarch_matmul
 
 
@@ -33,33 +33,24 @@ def _weights_once(x, right, left, *_):
     return found
 
 
-def _also_on_gpu(fn):
-    """`fn`, on a GPU with its kernels, which are taken on request alone, where they can do it."""
-
-    def chosen(x, right, left, *rest):
-        if gpu.unsupported(x, right, left, bool(rest)) is not None:
-            return fn(x, right, left, *rest)
-        on_request = functools.partial(fn, implementation="gpu")
-        return jax.lax.platform_dependent(x, right, left, *rest, cuda=on_request, default=fn)
-
-    return chosen
-
-
 def case(name: str, M: int, K: int, p: int, q: int, L: int, r: int, s: int) -> Case:
     """bfloat16. A product with both factors takes 2 M (K p q + L r s), the backward pass two.
 
-    On a GPU the backward pass is four kernels: z, dx with dz, and each factor's gradient.
+    On a GPU these are kernels for z and y, and for z, dz, dx and each factor's gradient.
     """
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     args = of((M, K * p)), of((K, p, q)), of((L, r, s))
     first, second, x, z, y = K * p * q, L * r * s, M * K * p, M * K * q, M * L * s
     products = {"forward": first + second, "backward": 2 * (first + second)}
-    products |= {"_z": first, "_dx": first + second, "_dright": first, "_dleft": second}
+    products |= {"_z": first, "_y": second, "_dz": second, "_dx": first}
+    products |= {"_dright": first, "_dleft": second}
     moved = {
         "forward": x + y + first + second,
         "backward": 2 * x + y + 2 * (first + second),
         "_z": x + z + first,
-        "_dx": x + y + z + first + second,
+        "_y": z + y + second,
+        "_dz": z + y + second,
+        "_dx": x + z + first,
         "_dright": x + z + 2 * first,
         "_dleft": z + y + 2 * second,
     }
@@ -68,8 +59,8 @@ def case(name: str, M: int, K: int, p: int, q: int, L: int, r: int, s: int) -> C
     return Case(
         name=name,
         kernels={
-            "forward": Program(_also_on_gpu(forward), inner_runs=_weights_once),
-            "backward": Program(_also_on_gpu(backward), inner_runs=_weights_once),
+            "forward": Program(forward, inner_runs=_weights_once),
+            "backward": Program(backward, inner_runs=_weights_once),
         },
         args={"forward": args, "backward": (*args, of((M, L * s)))},
         flops={name: 2.0 * M * size for name, size in products.items()},
