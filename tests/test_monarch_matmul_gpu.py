@@ -24,7 +24,7 @@ KERNELS = {f"monarch_{kernel}" for kernel in ("z", "y", "dz", "dx", "dright", "d
     [
         ((4, 128, 128, 4, 128, 128), jnp.bfloat16, None),
         ((4, 128, 128, 4, 128, 192), jnp.bfloat16, "s = 192 of the blocks is no multiple of 128"),
-        ((6, 128, 128, 3, 256, 128), jnp.bfloat16, "q = 128 of right's blocks over left's 3 blocks"),
+        ((6, 128, 128, 3, 256, 128), jnp.bfloat16, "q = 128 of right's blocks over left's 3"),
         ((2, 128, 1024, 2, 1024, 128), jnp.bfloat16, "1024 x 128 is too large for shared memory"),
         ((4, 128, 128, 4, 128, 128), jnp.float32, "dtype float32; accepted: bfloat16 or float16"),
     ],

@@ -1,10 +1,10 @@
 """`monarch_matmul` on Hopper GPUs: arrays in and out, around `hopper_blocks` and `hopper_weights`.
 
 Two kernels with z between them in memory, features by features, and a pass of XLA that puts y in
-order: it leaves the second kernel by blocks of left, [M, L, s], whose columns are interleaved one by
-one, 2 bytes at a stride of 2 L, which TMA cannot write. Bias, activation and what follows are fused
-into that pass. The backward pass takes dy the same way, makes z again, dz, dx, and the factors'
-gradients from z, dy, x and dz. They need compute capability 9.0.
+order: it leaves the second kernel by blocks of left, [M, L, s], whose columns are interleaved one
+by one, 2 bytes at a stride of 2 L, which TMA cannot write. Bias, activation and what follows are
+fused into that pass. The backward pass takes dy the same way, makes z again, dz, dx, and the
+factors' gradients from z, dy, x and dz. They need compute capability 9.0.
 
 Measured on an H200 for n 4096, 16 blocks, M 8192, microseconds of each kernel (CUPTI):
 
@@ -12,11 +12,11 @@ Measured on an H200 for n 4096, 16 blocks, M 8192, microseconds of each kernel (
     backward  order 41, z 41, dz 40, dx 36, dleft 42, dright 43, rest 11   sum 256, dense 685
 
 A kernel moves 138 MB, 32 us at the 4.3 TB/s of a copy; products are 17 GFLOP each, 22 us at 790
-TFLOP/s. One kernel for both factors, z [64, 4, 256] in shared memory and rows and factors copied to
-clusters of eight thread blocks, took 382 us in place of z, y and order: its products of 64 x 64 x 64
-are too short for what a step waits for the other thread blocks. In `hopper_blocks`, rows copied to
-a cluster of four took 112 us where four thread blocks that read them out of L2 take 58 (n 4096, 8
-blocks). Where blocks are larger than 512, weights do not fit on chip: there XLA is as good.
+TFLOP/s. One kernel for both factors, z [64, 4, 256] in shared memory and rows and factors copied
+to clusters of eight thread blocks, took 382 us in place of z, y and order: its products of
+64 x 64 x 64 are too short for what a step waits for the other thread blocks. In `hopper_blocks`,
+rows copied to a cluster of four took 112 us where four thread blocks that read them out of L2 take
+58 (n 4096, 8 blocks). Weights of blocks larger than 512 do not fit on chip.
 """
 
 import functools
