@@ -23,7 +23,7 @@ def get_config(arg=None):
     if arg.layout not in LAYOUTS:
         raise UserError(f"layout={arg.layout!r} is unknown; {nearest(arg.layout, LAYOUTS)}")
     config = common.small_lm(arg, steps=150)
-    config.mesh = {"data": arg.groups, "fsdp": -1}
+    config.mesh.update({"data": arg.groups, "fsdp": -1})
     config.scopes = LAYOUTS[arg.layout].to_config()
     config.placement = [FIRST_DIMENSION]
     return config

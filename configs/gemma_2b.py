@@ -32,5 +32,5 @@ def get_config(arg=None):
     if not arg.smoke:
         config.batch_size = 64
         config.compute_dtype = "bfloat16"
-        config.mesh = {"data": 1, "fsdp": -1}
+        config.mesh.update({"data": 1, "fsdp": -1})
     return config

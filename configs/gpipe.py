@@ -16,7 +16,7 @@ def get_config(arg=None):
     arg = common.parse(arg, stages=0, microbatches=8, chunks=1, schedule="gpipe", steps=300)
     config = common.small_lm(arg, steps=arg.steps)
     stages = arg.stages or config.model.depth // arg.chunks
-    config.mesh = {"data": 1, "pipeline": stages}
+    config.mesh.update({"data": 1, "pipeline": stages})
     config.pipeline = {"schedule": arg.schedule, "chunks": arg.chunks}
     config.accumulate = min(arg.microbatches, config.batch_size)
     return config

@@ -14,5 +14,5 @@ def get_config(arg=None):
     arg = common.parse(arg, wiring="ladder_residual", tensor=2, steps=600)
     config = common.small_lm(arg, steps=arg.steps)
     config.rules = [{"at": r"blocks/\d+", "use": arg.wiring}, *config.rules]
-    config.mesh = {"data": -1, "tensor": arg.tensor}
+    config.mesh.update({"data": -1, "tensor": arg.tensor})
     return config

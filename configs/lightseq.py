@@ -17,6 +17,6 @@ def get_config(arg=None):
     """`ways` devices a sequence; twice that divides its length in zig-zag order."""
     arg = common.parse(arg, ways=2, order="zigzag", steps=300)
     config = common.small_lm(arg, steps=arg.steps)
-    config.mesh = {"data": -1, "sequence": arg.ways}
+    config.mesh.update({"data": -1, "sequence": arg.ways})
     config.sequence = {"name": "ring", "order": arg.order}
     return config

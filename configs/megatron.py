@@ -41,7 +41,7 @@ def get_config(arg=None):
         config.data = {"name": "stdlib", "length": 1024}
         config.batch_size = 512
         config.compute_dtype = "bfloat16"
-    config.mesh = {"data": -1, "tensor": arg.tensor}
+    config.mesh.update({"data": -1, "tensor": arg.tensor})
     if arg.plain:
         config.placement = [{"at": "activations/tokens", "spec": [["data", "fsdp"], "sequence"]}]
     return config

@@ -67,6 +67,6 @@ def _llama(arg):
     config.data = {"name": "stdlib", "length": length}
     config.batch_size = 4
     config.compute_dtype = "bfloat16"
-    config.mesh = {"data": 1, "fsdp": -1}
+    config.mesh.update({"data": 1, "fsdp": -1})
     config.phases = [common.phase(1000)]
     return config

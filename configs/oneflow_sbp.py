@@ -17,7 +17,7 @@ def get_config(arg=None):
     """`plain` leaves residuals whole, as Megatron of 2019; `steps` are of the full run."""
     arg = common.parse(arg, plain=False, steps=150)
     config = common.small_lm(arg, steps=arg.steps)
-    config.mesh = {"data": 1, "tensor": -1}
+    config.mesh.update({"data": 1, "tensor": -1})
     if arg.plain:
         rule = {"at": "activations/tokens", "spec": [["data", "fsdp"], "sequence"]}
         config.placement = [rule]

@@ -21,7 +21,7 @@ def get_config(arg=None):
     arg = common.parse(arg, parameters="group", gradients="global", optimizer="global", groups=1)
     config = common.small_lm(arg, steps=150)
     config.model.remat = "full"
-    config.mesh = {"data": arg.groups, "fsdp": -1}
+    config.mesh.update({"data": arg.groups, "fsdp": -1})
     scopes = Scopes(arg.parameters, arg.gradients, arg.optimizer, gather="block")
     config.scopes = scopes.to_config()
     config.placement = [FIRST_DIMENSION]

@@ -15,6 +15,6 @@ def get_config(arg=None):
     """Every device there is splits the sublayers; `steps` are of the full run."""
     arg = common.parse(arg, steps=150)
     config = common.small_lm(arg, steps=arg.steps)
-    config.mesh = {"data": 1, "tensor": -1}
+    config.mesh.update({"data": 1, "tensor": -1})
     config.placement = [{"derive": "redco"}]
     return config

@@ -13,6 +13,6 @@ def get_config(arg=None):
     """`ways` devices a sequence; it divides the six heads (two of a smoke run) and the length."""
     arg = common.parse(arg, ways=2, steps=300)
     config = common.small_lm(arg, steps=arg.steps)
-    config.mesh = {"data": -1, "sequence": arg.ways}
+    config.mesh.update({"data": -1, "sequence": arg.ways})
     config.sequence = {"name": "ulysses"}
     return config

@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "selection": ("selection", ()),
     "sequence": ("parallel", ()),
 }
-DECLARATIONS = ("causal", "segments", "decode", "grid", "sequence", "straight_through")
+DECLARATIONS = ("causal", "segments", "decode", "grid", "sequence", "straight_through", "replicas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,9 @@ def register(kind: str, name: str, **declares) -> Callable:
         `causal` (tuple of allowed values; default both), `segments` (False: packed sequences would
         leak, so they are refused), `decode` (False: no one-token form), `grid` (True: needs a
         two-dimensional layout of tokens), `sequence` (True: works on sequences that are split over
-        devices), `straight_through` (True: its gradient is not the slope
-        of what it computes).
+        devices), `straight_through` (True: its gradient is not the slope of what it computes),
+        `replicas` (True: an optimizer with a state and a gradient on each replica of the mesh's
+        data axis, along which its update communicates).
 
     Raises:
       UserError: the kind or a declaration is unknown, the name is taken, or the signature is not

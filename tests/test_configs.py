@@ -15,7 +15,7 @@ from configs import common
 from efficient import model as model_lib
 from efficient.errors import UserError
 from efficient.parallel import redco
-from efficient.parallel.mesh import make_mesh
+from efficient.parallel.mesh import AXES, make_mesh
 from efficient.parallel.placement import Placement
 from efficient.training import experiment
 from efficient.training.run import Run
@@ -40,6 +40,7 @@ def test_full_config_builds_abstractly(name):
     phases = experiment.build_phases(config, model, placement)
     assert phases[-1].stop == sum(p["steps"] for p in config.phases) > 0
     assert all(p.trained for p in phases)
+    assert set(config.mesh) == set(AXES), "an override of a mesh axis would be refused"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,8 +52,13 @@ def test_docstring_says_how_to_run_it(name):
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    # As published: OpenAI's GPT-2 small, Meta's Llama 7B, Google's Gemma 2B.
-    [("gpt2_124m", 124_439_808), ("llama_7b", 6_738_415_616), ("gemma_2b", 2_506_172_416)],
+    # As published: OpenAI's GPT-2 small, Meta's Llama 7B and Llama 2 70B, Google's Gemma 2B.
+    [
+        ("gpt2_124m", 124_439_808),
+        ("llama_7b", 6_738_415_616),
+        ("llama_70b", 68_976_648_192),
+        ("gemma_2b", 2_506_172_416),
+    ],
 )
 def test_known_shapes_have_the_published_number_of_parameters(name, parameters):
     model, _ = experiment.build_model(load(name), {})

@@ -86,6 +86,23 @@ def test_a_pipeline_takes_the_step_of_one_device(accumulated, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "axes", [("fsdp", "tensor"), ("sequence", "tensor"), ("data", "tensor"), ("fsdp", "sequence")]
+)
+def test_stages_split_over_two_more_axes_take_the_step_of_one_device(axes):
+    plain = {"at": r"blocks/\d+", "use": "pre_norm"}
+    before, after, metrics = step(config(wiring=plain), jax.devices()[:1])
+    mesh = {"data": 1, "pipeline": 2, **dict.fromkeys(axes, 2)}
+    start, found, others = step(config(wiring=plain, mesh=mesh), jax.devices())
+    assert abs(others["loss"] - metrics["loss"]) <= 2e-6 * abs(metrics["loss"])
+    for path, array in before.items():
+        gradient = array - after[path]
+        np.testing.assert_allclose(
+            start[path] - found[path], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max() + 3e-7
+        )
+
+
+@pytest.mark.slow
 def test_memory_is_that_of_the_inputs_a_schedule_keeps():
     """Temporaries of two schedules differ by the inputs that GPipe keeps beyond eager 1F1B."""
     microbatches, found, kept = 16, {}, {}

@@ -23,6 +23,7 @@ from jaxtyping import Array
 from efficient import model as model_lib
 from efficient.errors import UserError
 from efficient.parallel.placement import Placement
+from pallas_kernels.mesh import constrain
 
 Layouts = tuple[NamedSharding, ...]
 
@@ -105,5 +106,5 @@ _gathered.defvjp(
 def brought(x: Array, layouts: Layouts) -> Array:
     """x in the last of the layouts, by way of the others."""
     for layout in layouts:
-        x = jax.lax.with_sharding_constraint(x, layout)
+        x = constrain(x, layout)
     return x

@@ -121,9 +121,20 @@ def gradients(
         axis_names={AXIS},
         check_vma=False,
     )
+    # Read in every pass; and XLA's partitioner aborts where a table is looked up within a shard_map
+    # that fsdp splits beside another axis.
+    others, frozen_others = (
+        {p: whole(placement, p, a) for p, a in arrays.items()} for arrays in (others, frozen_others)
+    )
     of_all = others, frozen_others, items, context
     found, of_others, metrics = run((blocks, frozen_blocks), of_all)
+    of_others = {p: whole(placement, p, a) for p, a in of_others.items()}
     return cut.join(found, of_others), metrics
+
+
+def whole(placement: Placement, path: str, a: Array) -> Array:
+    """A parameter that is not of the blocks, or its gradient, gathered from the batch's axes."""
+    return constrain(a, placement.gathered(path, a.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +184,11 @@ class Passes:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.skip = not on_cpu or (len(split) < 2 and split != ["sequence"])
         # Shapes of what passes between stages, and of the metrics.
-        entered = jax.eval_shape(lambda: self.enter(others, 0)[0])
+        entered = jax.eval_shape(lambda: self.enter(self.others, 0)[0])
         chunk = jax.tree.map(lambda a: a[0], (blocks, frozen_blocks))
         totals = jax.eval_shape(lambda x: self.chunk(*chunk, (x, None), 0, 0)[1], entered)
         self.sent = entered, totals
-        self.reported = jax.eval_shape(lambda y: self.leave(others, y, 0)[1], self.sent)
+        self.reported = jax.eval_shape(lambda y: self.leave(self.others, y, 0)[1], self.sent)
 
     # ---- the model in three parts
 
@@ -239,17 +250,17 @@ class Passes:
             from_previous=nothing,
             from_next=nothing,
             blocks={p: self.at_home(f"{self.cut.prefix}{p}", a) for p, a in self.blocks.items()},
-            others={p: self.at_home(p, a) for p, a in self.others.items()},
+            others={
+                p: whole(self.placement, p, jnp.zeros(a.shape, jnp.float32))
+                for p, a in self.others.items()
+            },
             metrics={n: jnp.zeros(s.shape, jnp.float32) for n, s in self.reported.items()},
         )
 
     def at_home(self, path: str, a: Array) -> Array:
-        """Zeros for the gradients of a parameter, laid out as the parameter is."""
-        shape = a.shape[1:] if path.startswith(self.cut.prefix) else a.shape
-        where = self.placement.sharding(path, shape)
-        spec = where.spec
-        if path.startswith(self.cut.prefix):  # [v, n, ...]
-            spec = P(None, None, *spec[1:])
+        """Zeros for the gradients of a block's parameter, laid out as the parameter is."""
+        where = self.placement.sharding(path, a.shape[1:])
+        spec = P(None, None, *where.spec[1:])  # [v, n, ...]
         zeros = jnp.zeros(a.shape, jnp.float32)
         return constrain(zeros, jax.sharding.NamedSharding(self.placement.mesh, spec))
 

@@ -36,12 +36,14 @@ class Placement:
     Attributes:
       sequence: the technique of `config.sequence`; see `parallel.sequence`.
       scopes: over which of the axes that split the batch each kind of array is split.
+      apart: axes along which every device works on its own part, within a shard_map over them.
     """
 
     mesh: Mesh
     rules: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     sequence: Any = None
     scopes: Scopes = DEFAULT
+    apart: tuple[str, ...] = ()
 
     @classmethod
     def parse(
@@ -180,7 +182,10 @@ class Placement:
                 " change the length of the data or the mesh"
             )
         spec = [self._divides(path, axis, n) for axis, n in zip(spec, shape, strict=False)]
-        split = (tuple(a for a in axes_of((entry,)) if self.mesh.shape[a] > 1) for entry in spec)
+        split = (
+            tuple(a for a in axes_of((s,)) if self.mesh.shape[a] > 1 and a not in self.apart)
+            for s in spec
+        )
         return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in split)))
 
     def features(self, path: str) -> tuple[Any, Any]:
@@ -204,7 +209,8 @@ class Placement:
     @functools.cached_property
     def batch(self) -> NamedSharding:
         """The leading axis of a batch of data, over data and fsdp."""
-        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        axes = tuple(a for a in BATCH_AXES if a not in self.apart)
+        return NamedSharding(self.mesh, PartitionSpec(axes))
 
     @property
     def named_axes(self) -> set[str]:

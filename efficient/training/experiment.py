@@ -49,6 +49,7 @@ class Phase:
     surgeries: tuple[Any, ...]
     selection: Callable | None  # which training examples it keeps, of `Scoring`; None: all
     treatments: Mapping[str, Treatment]  # by the paths of `stacked`
+    replicas: int = 0  # that have a gradient and an optimizer's state each; 0: all have one
 
     @functools.cached_property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -178,7 +179,25 @@ def _phase(index, start, entry, model, surgeries, placement) -> Phase:
         surgeries,
         selection,
         treatments,
+        _replicas(entry["optimizer"]["name"], placement, f"{where}.optimizer"),
     )
+
+
+def _replicas(optimizer: str, placement, where: str) -> int:
+    """How many replicas an optimizer keeps apart.
+
+    Raises:
+      UserError: it keeps them apart, and another axis of the mesh splits arrays too.
+    """
+    if not registry.find(optimizer, "optimizer").declares.get("replicas"):
+        return 0
+    others = [axis for axis, n in placement.mesh.shape.items() if n > 1 and axis != "data"]
+    if others:
+        raise UserError(
+            f"{where}: {optimizer!r} has a state on each replica of the mesh's data axis and no"
+            f" other; set config.mesh.{others[0]}=1"
+        )
+    return placement.mesh.shape["data"]
 
 
 def make(kind: str, entry: Mapping[str, Any], where: str, *host, skip: Sequence[str] = ()) -> Any:

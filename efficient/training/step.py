@@ -4,12 +4,16 @@ State is a dict: `params` (float32 master weights), `state` (buffers), `optimize
 where a phase keeps none) and `step` (int32, of the whole run).
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from efficient import model as model_lib
@@ -20,6 +24,7 @@ from efficient.parallel.schedule_ops import Schedule
 from efficient.parallel.sequence import arrange
 from efficient.scope import Context
 from efficient.training.experiment import Phase
+from pallas_kernels.mesh import constrain
 
 State = dict[str, Any]
 
@@ -28,10 +33,14 @@ def initial_state(phase: Phase, values: Mapping[str, Array], step: Array | int) 
     """The state with which a phase begins, from the model's arrays (stacked paths)."""
     params = {p: values[p] for p in sorted(phase.params)}
     trained = {p: params[p] for p in params if p in phase.trained}
+    optimizer = phase.optimizer.init(trained)
+    if phase.replicas:
+        of_each = lambda a: jnp.broadcast_to(a, (phase.replicas, *jnp.shape(a)))  # noqa: E731
+        optimizer = jax.tree.map(of_each, optimizer)
     return {
         "params": params,
         "state": {p: values[p] for p in sorted(phase.shapes) if p not in phase.params},
-        "optimizer": phase.optimizer.init(trained),
+        "optimizer": optimizer,
         "ema": dict(trained) if phase.config["ema"] else {},
         "step": jnp.asarray(step, jnp.int32),
     }
@@ -46,6 +55,9 @@ def abstract_state(phase: Phase, placement: Placement) -> State:
         name: placement.like_params(tree, single, kinds.get(name, "parameters"))
         for name, tree in shapes.items()
     }
+    if phase.replicas:
+        of_each = NamedSharding(placement.mesh, P("data"))
+        shardings["optimizer"] = jax.tree.map(lambda _: of_each, shapes["optimizer"])
     return jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
     )
@@ -70,7 +82,9 @@ def make_train_step(
       schedule: of the pipeline, where the mesh has one.
     """
     steps = max(1, phase.stop - phase.start)
-    scopes = placement.scopes
+    scopes, outer = placement.scopes, placement
+    if phase.replicas:
+        placement = dataclasses.replace(placement, apart=("data",))
     # Gradients that wait for other microbatches lie as config.scopes.gradients says; those of a
     # whole batch are summed straight to where the optimizer wants them, or finer.
     summed = scopes.gradients if accumulate > 1 else scopes.reduced
@@ -145,18 +159,49 @@ def make_train_step(
         means = {n: m / weight for n, m in metrics.items()}
         return grads, means | {"weight": metrics["weight"]}, {}
 
+    def updated(trained, params, buffers, optimizer, batch, rng, progress):
+        """New trained parameters, buffers and state of the optimizer; metrics."""
+        grads, metrics, buffers = gradients(trained, params, buffers, batch, rng, progress)
+        # The update is made where the optimizer's state lies; the parameters come and go.
+        grads = moved(grads, summed, scopes.optimizer)
+        trained = moved(trained, scopes.parameters, scopes.optimizer)
+        updates, optimizer = phase.optimizer.update(grads, optimizer, trained)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return optax.apply_updates(trained, updates), buffers, optimizer, metrics
+
+    def each_updated(trained, params, buffers, optimizer, batch, rng, progress):
+        """`updated` on a replica: its own gradients and state; means of buffers and metrics."""
+        rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
+        own = jax.tree.map(lambda a: a[0], optimizer)
+        trained, buffers, own, metrics = updated(
+            trained, params, buffers, own, batch, rng, progress
+        )
+        mean = functools.partial(jax.lax.pmean, axis_name="data")
+        floats = lambda a: jnp.issubdtype(a.dtype, jnp.floating)  # noqa: E731
+        buffers = jax.tree.map(lambda a: mean(a) if floats(a) else a, buffers)
+        weight = jax.lax.psum(metrics["weight"], "data")
+        share = metrics["weight"] / jnp.maximum(weight, 1e-9)
+        metrics = {n: jax.lax.psum(m * share, "data") for n, m in metrics.items()}
+        return trained, buffers, jax.tree.map(lambda a: a[None], own), metrics | {"weight": weight}
+
     def train_step(state, batch):
         params = state["params"]
         trained = {p: v for p, v in params.items() if p in phase.trained}
         rng = jax.random.fold_in(jax.random.key(seed), state["step"])
         progress = (state["step"] - phase.start).astype(jnp.float32) / steps
-        grads, metrics, buffers = gradients(trained, params, state["state"], batch, rng, progress)
-        # The update is made where the optimizer's state lies; the parameters come and go.
-        grads = moved(grads, summed, scopes.optimizer)
-        trained = moved(trained, scopes.parameters, scopes.optimizer)
-        updates, optimizer = phase.optimizer.update(grads, state["optimizer"], trained)
-        trained = optax.apply_updates(trained, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        update = updated
+        if phase.replicas:
+            update = jax.shard_map(
+                each_updated,
+                mesh=placement.mesh,
+                in_specs=(P(), P(), P(), P("data"), P("data"), P(), P()),
+                out_specs=(P(), P(), P("data"), P()),
+                axis_names={"data"},
+                check_vma=False,
+            )
+        trained, buffers, optimizer, metrics = update(
+            trained, params, state["state"], state["optimizer"], batch, rng, progress
+        )
         metrics["param_norm"] = optax.global_norm(trained)
         if callable(phase.learning_rate):
             metrics["learning_rate"] = phase.learning_rate(state["step"] - phase.start)
@@ -172,12 +217,12 @@ def make_train_step(
         }
         return new, metrics
 
-    shardings = jax.tree.map(lambda s: s.sharding, abstract_state(phase, placement))
+    shardings = jax.tree.map(lambda s: s.sharding, abstract_state(phase, outer))
     return jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(shardings, placement.batch),
-        out_shardings=(shardings, placement.replicated),
+        in_shardings=(shardings, outer.batch),
+        out_shardings=(shardings, outer.replicated),
     )
 
 
@@ -194,8 +239,8 @@ def split_batch(batch: Mapping[str, Array], count: int, placement: Placement):
 
     def split(a):
         a = a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1)
-        spec = jax.sharding.PartitionSpec(None, *placement.batch.spec)
-        return jax.lax.with_sharding_constraint(a, jax.sharding.NamedSharding(placement.mesh, spec))
+        spec = P(None, *placement.batch.spec)
+        return constrain(a, NamedSharding(placement.mesh, spec))
 
     return jax.tree.map(split, batch)
 
