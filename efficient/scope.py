@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient import registry
 from efficient.errors import UserError, nearest
+from efficient.parallel import megatron
 from pallas_kernels.mesh import constrain
 
 # What fills a slot that no rule speaks of.
@@ -113,6 +114,16 @@ class Context:
         if self.placement is None or self.placement.mesh.size == 1:
             return None
         return self.placement.activation(kind, shape)
+
+    def rows(
+        self, name: str, table: Float[Array, "V D"], tokens: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Rows of the table at `<name>/table`, for the embedding of that `scope.name`."""
+        if self.placement is not None and jax.sharding.get_abstract_mesh().manual_axes:
+            where = self.placement.gathered(f"{name}/table", table.shape)
+            if where.spec and where.spec[0]:
+                return megatron.lookup(table, tokens, where, self.layout("inputs", tokens.shape))
+        return jnp.take(table, tokens, axis=0)
 
     def features(self, name: str) -> tuple[Any, Any]:
         """The mesh axes that split the inputs and outputs of the linear of that `scope.name`."""

@@ -31,13 +31,12 @@ class Table(nnx.Module):
         init_std: float = 0.02,
         scale_by_width: bool = False,
     ):
-        del scope
+        self.name = scope.name
         self.table = param((vocab_size, width), Normal(init_std))
         self.scale = math.sqrt(width) if scale_by_width else 1.0
 
     def __call__(self, tokens: Int[Array, "B T"], context: Context) -> Float[Array, "B T D"]:
-        del context
-        x = jnp.take(self.table[...], tokens, axis=0)
+        x = context.rows(self.name, self.table[...], tokens)
         return x if self.scale == 1.0 else x * jnp.asarray(self.scale, x.dtype)
 
     def attend(self, x: Float[Array, "*B D"], context: Context) -> Float[Array, "*B V"]:

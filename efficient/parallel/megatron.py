@@ -27,7 +27,14 @@ for. The plain form of 2019 is one rule of a config:
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
 from efficient.papers import Claim, Paper
+from pallas_kernels import mesh
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -96,3 +103,30 @@ PAPER = Paper(
         " no generator of its own for split and whole parts",
     ),
 )
+
+
+def lookup(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], rows: NamedSharding, at: NamedSharding
+) -> Float[Array, "B T D"]:
+    """Rows of a table that is split by rows: zeros for those of other devices, and their sum.
+
+    What XLA's partitioner makes of a lookup, which it aborts on within a shard_map over some of the
+    axes where others split both the rows and the tokens.
+
+    Args:
+      rows: where the table lies, its rows over some axes and D whole.
+      at: where the tokens lie.
+    """
+    axes = rows.spec[0]
+
+    def local(table, tokens):
+        count = len(table)
+        index = tokens - jax.lax.axis_index(axes) * count
+        here = (index >= 0) & (index < count)
+        found = jnp.take(table, jnp.clip(index, 0, count - 1), axis=0)
+        return jax.lax.psum(jnp.where(here[..., None], found, 0), axes)
+
+    specs = (P(axes, None), at.spec)
+    return mesh.shard_map(local, rows.mesh, specs, P(*at.spec, *(None,) * (3 - len(at.spec))))(
+        table, tokens
+    )
