@@ -19,6 +19,8 @@ def get_config(arg=None):
     shape = {"width": 8192, "depth": 80, "heads": 64, "kv_heads": 8, "hidden": 28672}
     config = llama_7b.of_shape(arg, **shape)
     if not arg.smoke:
-        config.mesh.update({"pipeline": arg.pipeline, "tensor": arg.tensor})
+        # Gathered weights would travel for every microbatch, so that replicas are whole.
+        mesh = {"data": -1, "fsdp": 1, "pipeline": arg.pipeline, "tensor": arg.tensor}
+        config.mesh.update(mesh)
         config.accumulate, config.pipeline.schedule = arg.microbatches, arg.schedule
     return config

@@ -185,3 +185,28 @@ def test_convolution_and_its_gradients():
     assert count_flops(grads, x, w) == 2 * forward  # the value itself is dead
     depthwise = functools.partial(conv, feature_group_count=3)
     assert count_flops(depthwise, x, _array(3, 3, 1, 3)) == 2 * (2 * 4 * 4 * 3) * 9
+
+
+def test_a_shard_map_within_another_counts_the_shards_of_its_own_axes():
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("a", "b", "c"))
+
+    def inner(x):
+        return jax.shard_map(
+            lambda y: y @ y.T,
+            mesh=jax.sharding.get_abstract_mesh(),
+            in_specs=PartitionSpec("b"),
+            out_specs=PartitionSpec("b"),
+            axis_names={"b", "c"},
+            check_vma=False,
+        )(x)
+
+    outer = jax.shard_map(
+        inner,
+        mesh=mesh,
+        in_specs=PartitionSpec("a"),
+        out_specs=PartitionSpec("a"),
+        axis_names={"a"},
+        check_vma=False,
+    )
+    # Each of the eight devices multiplies [2, 8] by [8, 2].
+    assert count_flops(jax.jit(outer), _array(8, 8)) == 8 * 2 * 2 * 2 * 8

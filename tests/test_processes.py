@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -24,10 +26,13 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def pair(folder, *flags):
+def pair(folder, *flags, devices=1):
     """The two processes of a run, with a device each."""
     where = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", f"--workdir={folder}")
-    return [tiny.command(tiny.TRAIN, *FLAGS, *flags, *where, f"--process={i}") for i in range(2)]
+    return [
+        tiny.command(tiny.TRAIN, *FLAGS, *flags, *where, f"--process={i}", devices=devices)
+        for i in range(2)
+    ]
 
 
 def ended(processes, timeout=300):
@@ -101,6 +106,76 @@ def test_the_death_of_one_stops_the_other(one_process, tmp_path, victim):
     (status, _, err), _ = ended(pair(tmp_path / "run"))
     assert status == 0, err
     check(tmp_path / "run", one_process)
+
+
+# data x tensor, an axis of it between two processes and one within each.
+SPLIT = ("--config.mesh.data=2", "--config.mesh.tensor=2")
+
+# Restores the newest checkpoint in one of N processes, of 4 / N devices each, and writes it whole.
+RESTORE = """
+import json, pathlib, sys
+import jax, numpy as np
+from jax.experimental import multihost_utils
+folder, out, coordinator, count, index = sys.argv[1:]
+if count != "1":
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(coordinator, int(count), int(index))
+from ml_collections import ConfigDict
+from efficient.training import loop
+from efficient.training.run import Run
+run = Run(ConfigDict(json.loads((pathlib.Path(folder) / "config.json").read_text())))
+assert len(jax.devices()) == 4 and len(jax.local_devices()) == 4 // int(count)
+_, state = loop.restored(run, pathlib.Path(folder))
+whole = {p: multihost_utils.process_allgather(a, tiled=True) for p, a in state["params"].items()}
+if jax.process_index() == 0:
+    np.savez(out, **whole)
+"""
+
+
+def restored(folder, out, count):
+    """Parameters by path, restored by `count` processes that share four devices."""
+    arguments = (str(folder), str(out), f"127.0.0.1:{free_port()}", str(count))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RESTORE, *arguments, str(i)],
+            cwd=tiny.ROOT,
+            env=tiny.environment(4 // count),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    for process in processes:
+        status, _, err = tiny.finish(process)
+        assert status == 0, err
+    with np.load(out) as found:
+        return dict(found)
+
+
+@pytest.mark.slow
+def test_a_death_on_a_mesh_of_two_axes_and_restoring_at_other_numbers_of_processes(tmp_path):
+    folder, one = tmp_path / "run", tmp_path / "one"
+    command = tiny.command(tiny.TRAIN, *FLAGS, *SPLIT, f"--workdir={one}", devices=4)
+    status, _, err = tiny.finish(command)
+    assert status == 0, err
+    processes = pair(folder, *SPLIT, devices=2)
+    wait_for(processes[0], "step 3/")  # the checkpoint of step 2 is complete, or will be started
+    processes[1].kill()
+    began = time.monotonic()
+    status, _, err = tiny.finish(processes[0], timeout=120)
+    assert time.monotonic() - began < 60
+    assert status not in (0, -9) and "another process of this run has died" in err
+    tiny.finish(processes[1])
+    (status, out, err), _ = ended(pair(folder, *SPLIT, devices=2))
+    assert status == 0, err
+    assert "resuming at step" in out
+    check(folder, one)
+    found = {n: restored(folder, tmp_path / f"{n}.npz", n) for n in (1, 2, 4)}
+    assert found[1]
+    for path, array in found[1].items():
+        assert np.abs(array).max() > 0 or path.endswith("bias")
+        for n in (2, 4):
+            assert found[n][path].tobytes() == array.tobytes(), (n, path)
 
 
 def test_a_process_that_finds_no_other_says_so(tmp_path):

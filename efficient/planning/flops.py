@@ -26,17 +26,19 @@ class FlopCount:
       recomputed: the part of `total` that `jax.checkpoint` computes a second time.
       kernels: the part of `total` inside Pallas kernels, where XLA cannot count.
       notes: what could not be known, one sentence each; empty when the count is exact.
+      asked: FLOPs the mathematics asks for where they are known otherwise.
     """
 
     total: int
     recomputed: int
     kernels: int
     notes: tuple[str, ...] = ()
+    asked: int | None = None
 
     @property
     def model(self) -> int:
         """FLOPs the mathematics asks for: `total` without recomputation (the F of MFU)."""
-        return self.total - self.recomputed
+        return self.total - self.recomputed if self.asked is None else self.asked
 
 
 def count_flops(fn: Callable, *abstract_args, platform: str | None = None) -> int:
@@ -154,10 +156,8 @@ def _branch_of(platforms, platform: str | None) -> int:
 
 
 def _shards(params) -> int:
-    mesh = params["mesh"]
-    axes = params.get("manual_axes")
-    axes = mesh.axis_names if axes is None else axes
-    return math.prod(mesh.shape[axis] for axis in axes)
+    """Devices over which a body is split, by the axes that no shard_map around it has split."""
+    return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
 
 
 def _dot_general(eqn) -> int:

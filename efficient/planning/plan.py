@@ -98,6 +98,7 @@ def plan(
     target: Target,
     mesh: jax.sharding.Mesh,
     labels: Mapping[str, object] | None = None,
+    asked: int | None = None,
 ) -> Plan:
     """Traces, lowers and compiles `fn_jitted(*abstract_args)` for `target`, and reads the result.
 
@@ -109,6 +110,7 @@ def plan(
       mesh: a mesh over all of `target.devices`.
       labels: name -> subtree of `abstract_args` (or a pytree of the same leaves) to report apart,
         such as {'parameters': state.params, 'optimizer': state.opt_state, 'batch': batch}.
+      asked: model FLOPs, where the program's own count of them is none; see `FlopCount`.
 
     Returns:
       A `Plan`; a program too large for the chip is one with `fits=False`, not an error.
@@ -125,6 +127,7 @@ def plan(
     compiled, refusal = _compile(lowered)
     compiled_at = time.perf_counter()
     flops = jaxpr_flops(traced.jaxpr, platform=target.platform)
+    flops = dataclasses.replace(flops, asked=asked)
     memory = memory_of(leaves, labels or {}, compiled, refusal, target)
     text, notes = _text(lowered, compiled) if compiled is not None else ("", ())
     work = read_work(text, flops, target, mesh) if text else None

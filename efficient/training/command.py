@@ -24,6 +24,7 @@ from efficient.errors import UserError, nearest
 HEARTBEAT_SECONDS = 30
 # What collectives say when the other end is gone.
 LOST = re.compile(r"gloo|connection|unavailable|heartbeat|deadline|socket|coordination", re.I)
+DEAD = "task has failed"  # of a save that waited for it, too
 
 
 def train(argv: list[str]) -> None:
@@ -205,17 +206,18 @@ class _Processes:
         if error is None or isinstance(error, SystemExit):
             jax.distributed.shutdown()
             return
-        status = 2
-        if (line := one_line(error)) is not None:
-            print(f"error: {line}", file=sys.stderr, flush=True)
-        elif isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
+        status, text = 2, str(error)
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(text)
+        if lost or DEAD in text:
             print(
-                f"error: another process of this run has died ({str(error).splitlines()[0][:200]});"
+                f"error: another process of this run has died ({text.splitlines()[0][:200]});"
                 " start all of them again with the same command, which goes on from the newest"
                 " checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
+        elif (line := one_line(error)) is not None:
+            print(f"error: {line}", file=sys.stderr, flush=True)
         else:
             status = 1
             traceback.print_exception(kind, error, trace)

@@ -32,8 +32,11 @@ def plan_config(config: ConfigDict, target: str) -> Plan:
         target=hardware,
         mesh=run.placement.mesh,
         labels=labels,
+        asked=None if run.schedule is None else int(run.flops(phase, hardware.platform)),
     )
-    if len(run.phases) == 1:
-        return found
-    note = f"this is the first of {len(run.phases)} phases; the others are not planned"
-    return dataclasses.replace(found, notes=(*found.notes, note))
+    notes = []
+    if run.schedule is not None:
+        notes.append("executed FLOPs and times are as if every stage were busy in every tick")
+    if len(run.phases) > 1:
+        notes.append(f"this is the first of {len(run.phases)} phases; the others are not planned")
+    return dataclasses.replace(found, notes=(*found.notes, *notes))

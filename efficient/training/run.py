@@ -110,7 +110,7 @@ class Run:
         for phase in self.phases:
             check_gathering(phase.stacked, self.placement)
         self.schedule = self._pipeline()
-        self._flops: dict[int, float] = {}
+        self._flops: dict[tuple[int, str | None], float] = {}
         if config.sample["length"]:
             check_sample(config, self.base, self.eval_source.facts)
 
@@ -171,29 +171,41 @@ class Run:
     @functools.cache  # noqa: B019, a process has one run
     def train_step(self, phase: Phase):
         """The phase's jitted (state, batch) -> (state, metrics)."""
+        return self._step(phase, self.schedule)
+
+    def _step(self, phase: Phase, schedule: Schedule | None):
         return step_lib.make_train_step(
             phase,
             self.placement,
             seed=self.config.seed,
             dtype=self.dtype,
             accumulate=self.config.accumulate,
-            schedule=self.schedule,
+            schedule=schedule,
         )
 
-    def flops(self, phase: Phase) -> float:
-        """Model FLOPs of one train step over all devices, recomputation left out."""
-        if phase.index in self._flops:
-            return self._flops[phase.index]
+    def flops(self, phase: Phase, platform: str | None = None) -> float:
+        """Model FLOPs of one train step over all devices, recomputation left out.
+
+        Of a pipeline those of the same step without stages, whose program does not say how often a
+        stage is idle.
+
+        Args:
+          platform: as of `count_flops`.
+        """
+        if (phase.index, platform) in self._flops:
+            return self._flops[phase.index, platform]
         state, batch = step_lib.abstract_state(phase, self.placement), self.abstract_batch()
+        step = self.train_step(phase) if self.schedule is None else self._step(phase, None)
         try:
-            traced = self.train_step(phase).trace(state, batch)
+            traced = step.trace(state, batch)
         except KeyError as error:  # the first trace of the step
             raise UserError(
                 f"config.phases[{phase.index}]: the model and the objective"
                 f" {phase.config['objective']['name']!r} look for {error.args[0]!r} in a batch, but"
                 f" data {self.config.data.name!r} gives {', '.join(sorted(batch))}"
             ) from error
-        found = self._flops[phase.index] = float(jaxpr_flops(traced.jaxpr).model)
+        found = float(jaxpr_flops(traced.jaxpr, platform).model)
+        self._flops[phase.index, platform] = found
         return found
 
     def shardings(self, phase: Phase) -> dict[str, Any]:
