@@ -4,15 +4,16 @@ Command: python train.py --config=configs/gradient_wavelet.py --workdir=runs/gra
          python train.py --config=configs/gradient_wavelet.py:adamw --workdir=runs/gwt_adamw
          (`level=1` for half of the state)
 Hardware: two CPU cores, minutes.
-Expected: no full run was made; the smoke run ends without error.
+Expected: 3.195 held-out bits per byte; with the authors' rate, `peak=0.01`, 3.636 and 3.414 with
+level=1; 3.110 with :adamw (Python 3.11.7, one seed).
 """
 
 from configs import common
 
 
 def get_config(arg=None):
-    """The authors' scale 0.25 and learning rate 0.01."""
-    arg = common.parse(arg, adamw=False, level=2, scale=0.25, peak=1e-2)
+    """The authors' scale 0.25; their learning rate of 0.01 is too high for so short a run."""
+    arg = common.parse(arg, adamw=False, level=2, scale=0.25, peak=3e-3)
     config = common.small_lm(arg, steps=300)
     if arg.adamw:
         return config

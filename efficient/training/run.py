@@ -160,9 +160,9 @@ class Run:
     def total_steps(self) -> int:
         return self.phases[-1].stop
 
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings of a global batch."""
-        size, where = self.config.batch_size, self.placement.batch
+    def abstract_batch(self, placement: Placement | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a global batch, by default on the run's mesh."""
+        size, where = self.config.batch_size, (placement or self.placement).batch
         return {
             name: jax.ShapeDtypeStruct((size, *s.shape), s.dtype, sharding=where)
             for name, s in self.train_source.spec.items()
@@ -171,12 +171,12 @@ class Run:
     @functools.cache  # noqa: B019, a process has one run
     def train_step(self, phase: Phase):
         """The phase's jitted (state, batch) -> (state, metrics)."""
-        return self._step(phase, self.schedule)
+        return self._step(phase, self.schedule, self.placement)
 
-    def _step(self, phase: Phase, schedule: Schedule | None):
+    def _step(self, phase: Phase, schedule: Schedule | None, placement: Placement):
         return step_lib.make_train_step(
             phase,
-            self.placement,
+            placement,
             seed=self.config.seed,
             dtype=self.dtype,
             accumulate=self.config.accumulate,
@@ -186,16 +186,20 @@ class Run:
     def flops(self, phase: Phase, platform: str | None = None) -> float:
         """Model FLOPs of one train step over all devices, recomputation left out.
 
-        Of a pipeline those of the same step without stages, whose program does not say how often a
-        stage is idle.
+        Of a pipeline, whose program does not say how often a stage is idle, those of the same step
+        on one device.
 
         Args:
           platform: as of `count_flops`.
         """
         if (phase.index, platform) in self._flops:
             return self._flops[phase.index, platform]
-        state, batch = step_lib.abstract_state(phase, self.placement), self.abstract_batch()
-        step = self.train_step(phase) if self.schedule is None else self._step(phase, None)
+        placement, step = self.placement, self.train_step(phase)
+        if self.schedule is not None:
+            mesh = make_mesh({"data": 1}, placement.mesh.devices.flat[:1])
+            placement = dataclasses.replace(placement, mesh=mesh)
+            step = self._step(phase, None, placement)
+        state, batch = step_lib.abstract_state(phase, placement), self.abstract_batch(placement)
         try:
             traced = step.trace(state, batch)
         except KeyError as error:  # the first trace of the step
