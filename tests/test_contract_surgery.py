@@ -49,6 +49,7 @@ ROWS: dict[str, tuple[dict, list, list, bool]] = {
     "merge": ({}, [], [("lora_mini", {"rank": 3, "inner": 4})], KEEPS),
     "monarch_to_dense": ({"at": CHANNEL}, MONARCH, [], KEEPS),
     "sparse_int8": ({}, [], [("block_prune", PRUNE)], CHANGES),
+    "tp_aware_dequant": ({"group_size": 8}, [], [], CHANGES),
 }
 
 

@@ -54,6 +54,9 @@ RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (rf"{_COLUMN}/up", ("fsdp", "tensor")),
     (rf"{_ROW}/down", ("tensor", "fsdp")),
     (rf"{_ROW}/up", (None, "fsdp")),
+    # Four-bit kernels and what belongs to their groups of rows, split as the kernel is.
+    (rf"{_COLUMN}/(packed|scales|zeros)", ("fsdp", "tensor")),
+    (rf"{_ROW}/(packed|scales|zeros)", ("tensor", "fsdp")),
     (r"embed/table", ("tensor", "fsdp")),
     (r"head/kernel", ("fsdp", "tensor")),
     # Residuals and norms [B, T, D] work on a part of the sequence; a mixer or channel reads all of
