@@ -80,4 +80,4 @@ def test_what_redundant_parameters_save_between_groups(microbatches):
 def test_the_config_is_one_of_the_layouts():
     config = paro.get_config("smoke,groups=2,gradients=group")
     assert Scopes.parse(config.scopes) == Scopes("group", "group", "global", "block")
-    assert config.mesh.to_dict() == {"data": 2, "fsdp": -1}
+    assert (config.mesh.data, config.mesh.fsdp) == (2, -1)
