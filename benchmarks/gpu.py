@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import os
 import statistics
 import sys
 import time
@@ -134,7 +135,8 @@ def write(path: str, on: Any, **parts: Any):
         return
     about = {
         "device": on.device_kind, "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(), "argv": sys.argv,
+        "date": datetime.date.today().isoformat(),
+        "argv": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
     }  # fmt: skip
     with open(path, "w", encoding="utf-8") as file:
         json.dump({"about": about, **parts}, file, indent=1)
