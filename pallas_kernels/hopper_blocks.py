@@ -2,8 +2,8 @@
 
 A thread block loads weights of one block of features once and stays with them: rows stream past in
 tiles of 128. So weights cost next to no bandwidth, and what a product moves is its rows, once in
-and once out. Blocks whose weights are too large for shared memory are cut into panels of columns;
-a panel each is in the thread blocks of a cluster, to all of which TMA copies the rows.
+and once out. Blocks whose weights are too large for shared memory are cut into panels of columns,
+each with thread blocks of its own, which read the same rows at about the same time, out of L2.
 
     to_features     x [M, N P], rows by rows        ->  z, features by features
     from_features   z, features by features         ->  y [M, N Q]
