@@ -10,9 +10,10 @@ to the sum over live blocks in float32, between the two.
 Tiles, computed, not measured, for n 4096, M 8192, blocks of 128, density 1/8 on an H200: products
 34 GFLOP, 43 us at 790 TFLOP/s; HBM 138 MB, 32 us at 4.3 TB/s. Out of L2, for which 5.5 TB/s are
 assumed, tiles of 128 x 128 read 268 MB of x, for each column its own, and 268 MB of blocks, 110 us
-with y; tiles of 256 x 128, which are used, half the blocks, 85 us, more than was measured. A tile of 256 x 256 would need two neighbouring
-columns to read the same rows, of which a flat butterfly's have two of four in common. Of shared
-memory, 128 bytes a cycle, a stage takes 1,152 cycles where its products take 1,024.
+with y; tiles of 256 x 128, which are used, half the blocks, 85 us: more than the 60 measured. A
+tile of 256 x 256 would need two neighbouring columns to read the same rows, of which a flat
+butterfly's have two of four in common. Of shared memory, 128 bytes a cycle, a stage takes 1,152
+cycles where its products take 1,024.
 """
 
 import functools
