@@ -246,6 +246,22 @@ def gathered(module: nnx.Module) -> nnx.Module:
     return bind(module, {p: gather(p, v) for p, v in walk(module)})
 
 
+def fresh(module: nnx.Module) -> tuple[nnx.Module, Callable[[], None]]:
+    """A copy to call within a loop, and a check that the calls have not updated its state."""
+    copy = bind(module, {path: variable[...] for path, variable in walk(module)})
+    before = {path: variable[...] for path, variable in walk(copy)}
+
+    def check():
+        for path, variable in walk(copy):
+            if variable[...] is not before[path]:
+                raise UserError(
+                    f"what computes a batch or a sequence in pieces cannot update state, and each"
+                    f" call updates {path}; use another technique there, or compute it whole"
+                )
+
+    return copy, check
+
+
 def state_of(module: nnx.Module) -> Arrays:
     """The arrays of a bound module that are state, not trained parameters."""
     return {p: v[...] for p, v in walk(module) if not isinstance(v, nnx.Param)}

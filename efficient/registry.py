@@ -33,7 +33,16 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "selection": ("selection", ()),
     "sequence": ("parallel", ()),
 }
-DECLARATIONS = ("causal", "segments", "decode", "grid", "sequence", "straight_through", "replicas")
+DECLARATIONS = (
+    "causal",
+    "segments",
+    "decode",
+    "grid",
+    "sequence",
+    "straight_through",
+    "replicas",
+    "coupled",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +88,8 @@ def register(kind: str, name: str, **declares) -> Callable:
         two-dimensional layout of tokens), `sequence` (True: works on sequences that are split over
         devices), `straight_through` (True: its gradient is not the slope of what it computes),
         `replicas` (True: an optimizer with a state and a gradient on each replica of the mesh's
-        data axis, along which its update communicates).
+        data axis, along which its update communicates), `coupled` (True: an objective whose loss
+        of an example depends on the others of its batch).
 
     Raises:
       UserError: the kind or a declaration is unknown, the name is taken, or the signature is not

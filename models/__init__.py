@@ -7,6 +7,7 @@ from efficient.errors import UserError, nearest
 _HOSTS = {
     "decoder": ("models.decoder", "Decoder"),
     "vision": ("models.vision", "Vision"),
+    "dual_encoder": ("models.dual_encoder", "DualEncoder"),
     "stacked": ("models.operators", "Stacked"),
     "network": ("models.operators", "Network"),
 }

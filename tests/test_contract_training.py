@@ -35,6 +35,7 @@ OBJECTIVES: dict[str, tuple[str, list, dict]] = {
     "multi_sample_dropout": ("vision", [], {"samples": 3}),
     "matryoshka": ("vision", HEADS, {"first": 4}),
     "regression": ("network", [], {}),
+    "contrastive": ("dual_encoder", [], {}),
 }
 # What arrays of a low-rank layer and of a singular value decomposition are called.
 FACTORS = {"blocks/0-2/mixer/q/down": (3, 8, 4), "blocks/0-2/mixer/q/up": (3, 4, 16)}
@@ -95,6 +96,7 @@ class Loss:
         technique = registry.find(name, "objective")
         registry.check_arguments(technique, arguments, name)
         self.objective, generator = technique.build(**arguments), np.random.default_rng(0)
+        self.coupled = technique.declares.get("coupled", False)
         if host in ("decoder", "taught"):
             rules = Rules([*rules, *common.gpt2(D, 1, 2)])
             sizes = {"vocab_size": V, "width": D, "depth": 1, "max_length": T}
@@ -107,9 +109,15 @@ class Loss:
         else:
             rules = Rules([*rules, {"at": ".*/mixer", "use": "attention", "heads": 2}])
             stages = [{"width": D, "depth": 1, "kernel": 2, "stride": 2}]
-            sizes = {"image_size": 4, "channels": 1, "num_classes": V, "stages": stages}
-            images = generator.random((B, 4, 4, 1), np.float32)
-            batch = {"image": images, "label": generator.integers(V, size=B)}
+            sizes = {"image_size": 4, "channels": 1, "stages": stages}
+            batch = {"image": generator.random((B, 4, 4, 1), np.float32)}
+            if host == "vision":
+                sizes["num_classes"] = V
+                batch["label"] = generator.integers(V, size=B)
+            else:
+                text = {"width": D, "depth": 1}
+                sizes |= {"vocab_size": V, "max_length": T, "text": text, "embedding": D}
+                batch["tokens"] = generator.integers(V, size=(B, T))
         self.model = models.host("decoder" if host == "taught" else host)(Scope(rules), **sizes)
         if host == "taught":  # by a teacher with values of its own
             registry.find("companion", "surgery").build().apply(self.model)
@@ -151,10 +159,11 @@ def test_an_objective_trains_the_whole_model_and_reports(loss):
     assert {"loss", "weight"} <= set(metrics)
     for name, metric in metrics.items():
         assert metric.shape == () and metric.dtype == jnp.float32 and np.isfinite(metric), name
-    per_example = T if "tokens" in loss.batch else 1
+    per_example = T if "targets" in loss.batch else 1
     assert metrics["weight"] == B * per_example
-    # what a model that knows nothing gets: log V, or the mean square of the targets
+    # what a model that knows nothing gets: log V, log B of pairs, or the targets' mean square
     ignorant = np.square(loss.batch["target"]).mean() if "target" in loss.batch else np.log(V)
+    ignorant = np.log(B) if loss.coupled else ignorant
     assert 0.5 * ignorant < metrics["loss"] < 2 * ignorant
 
 
@@ -172,7 +181,10 @@ def test_rows_that_weigh_nothing_count_for_nothing(loss):
 
 
 def test_means_of_parts_by_their_weights_are_those_of_the_whole(loss):
-    """Gradient accumulation and evaluation rely on it; the parts weigh unequally."""
+    """Gradient accumulation and evaluation rely on it; the parts weigh unequally.
+
+    One that declares `coupled` is refused with accumulation, and its loss does depend on the rest.
+    """
     value, metrics = loss.jitted(loss.arrays, loss.batch)
     parts = [
         loss.jitted(loss.arrays, {n: a[rows] for n, a in loss.batch.items()})
@@ -180,6 +192,10 @@ def test_means_of_parts_by_their_weights_are_those_of_the_whole(loss):
     ]
     weights = np.array([part[1]["weight"] for part in parts])
     assert weights.sum() == metrics["weight"] and weights[0] != weights[1]
+    if loss.coupled:
+        mean = np.dot([part[0] for part in parts], weights) / weights.sum()
+        assert abs(mean - value) > 0.1
+        return
     for name in set(metrics) - {"weight"}:
         mean = np.dot([part[1][name] for part in parts], weights) / weights.sum()
         np.testing.assert_allclose(mean, metrics[name], rtol=1e-5, err_msg=name)

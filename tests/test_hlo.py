@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from efficient.planning.collectives import collective_seconds, replica_groups
+from efficient.planning.collectives import collective_seconds, permute_seconds, replica_groups
 from efficient.planning.hardware import Target
 from efficient.planning.hlo import Module, parse_shapes
 from efficient.planning.hlo_cost import hbm_bytes, matrix_flops
@@ -28,9 +28,14 @@ def test_interconnect_times_by_hand():
         16e9 * 3 / 4 / (100e9 / 4)
     )
     assert collective_seconds("all-gather", 16, ring, pod) == pytest.approx(8e-6)  # hops
-    neighbours, far = ring[:2], ring[[0, 15]]
-    one = collective_seconds("collective-permute", payload, neighbours, pod)
-    assert one == collective_seconds("collective-permute", payload, far, pod) == 16e9 / 50e9
+    neighbours, far = ring[None, :2], ring[None, [0, 15]]
+    one = permute_seconds(payload, neighbours, pod)
+    assert one == permute_seconds(payload, far, pod) == 16e9 / 50e9
+    assert permute_seconds(payload, ring[None, [0, 5]], pod) == one  # streams through
+    assert permute_seconds(16, ring[None, [0, 5]], pod) == pytest.approx(5e-6)
+    # All 16 chips of a slice send to the opposite corner: 64 hops over its 48 links.
+    opposite = np.array([[[i, j], [3 - i, 3 - j]] for i in range(4) for j in range(4)])
+    assert permute_seconds(payload, opposite, slice_) == pytest.approx(16e9 / 50e9 * 64 / 48)
     node = Target.parse("h200:2x8")
     inside, across = np.array([[0, i] for i in range(8)]), np.array([[0, 0], [1, 0]])
     assert collective_seconds("all-gather", payload, inside, node) == pytest.approx(

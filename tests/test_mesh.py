@@ -42,21 +42,30 @@ FAST = ("all", "sequence and tensor", "pipeline")
 OF_GPT2 = ("sequence", "sequence and fsdp", "pipeline", "pipeline and sequence")
 OTHER_SHAPES = {"ulysses": ("llama",), "sequence and tensor": ("gpt2", "monarch")}
 OTHER_SHAPES |= {"pipeline and tensor": ("gpt2", "llama")}
+OF_VIT = ("sequence and tensor", "pipeline and sequence")
 STEPS = 20
 MONARCH = {"at": r"blocks/\d+/(mixer|channel)/.*", "use": "monarch", "blocks": 4, "bias": True}
 
 
 def shaped(shape: str, mesh=None, **fields):
-    """A decoder of GPT-2's or Llama's shape; Adam whose epsilon does not blow up rounding."""
+    """A small decoder or ViT of some shape; Adam whose epsilon does not blow up rounding."""
+    mesh = {"data": -1} if mesh is None else mesh
     optimizer = {"name": "adamw", "learning_rate": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
     phase = common.phase(STEPS, optimizer=optimizer, ema=0.9)
+    if shape == "vit":
+        config = common.digits(common.parse("smoke"))
+        phase["objective"] = {"name": "classification"}
+        settings = {"batch_size": 8, "phases": [phase], "mesh": mesh, **fields}
+        for name, value in settings.items():
+            config[name] = value
+        return config
     rules, model = {
         "gpt2": (None, {}),
         "llama": (tiny.llama_rules(heads=8, kv_heads=4), {"tied": False, "vocab_size": 16}),
         "monarch": ([MONARCH, *common.gpt2(32, 2, 2)], {}),
     }[shape]
     fields = {"rules": rules, "model": model, **fields}
-    return tiny.config(phase, mesh={"data": -1} if mesh is None else mesh, **fields)
+    return tiny.config(phase, mesh=mesh, **fields)
 
 
 def run_steps(run, state, batches):
@@ -94,7 +103,7 @@ def units(arrays) -> dict[str, float]:
     return {path: float(np.spacing(np.float32(top[kind]))) for path, kind in kinds.items()}
 
 
-OTHERS = [pytest.param(s, marks=pytest.mark.slow) for s in ("llama", "monarch")]
+OTHERS = [pytest.param(s, marks=pytest.mark.slow) for s in ("llama", "monarch", "vit")]
 
 
 @pytest.fixture(scope="module", params=["gpt2", *OTHERS])
@@ -120,7 +129,8 @@ def one_device(request):
 )
 def test_a_mesh_takes_the_steps_of_one_device(one_device, name):
     shape, expected, noise = one_device
-    if shape not in OTHER_SHAPES.get(name, ("gpt2",) if name in OF_GPT2 else (shape,)):
+    shapes = OTHER_SHAPES.get(name, ("gpt2",) if name in OF_GPT2 else ("gpt2", "llama", "monarch"))
+    if shape not in (*shapes, *(["vit"] if name in OF_VIT else [])):
         pytest.skip("another shape has this mesh; of gpt2, two heads do not do for ulysses")
     config = shaped(shape, MESHES[name], **FIELDS.get(name, {}))
     run, state = tiny.start(config, jax.devices())
@@ -131,7 +141,8 @@ def test_a_mesh_takes_the_steps_of_one_device(one_device, name):
         for path in wanted:
             error = np.abs(got[path] - wanted[path]).max()
             assert error <= 10 * max(most[path], unit[path]), (path, error, most[path])
-    kernel = f"params/blocks/0/mixer/q/{'right' if shape == 'monarch' else 'kernel'}"
+    blocks = "stages/0/blocks" if shape == "vit" else "blocks"
+    kernel = f"params/{blocks}/0/mixer/q/{'right' if shape == 'monarch' else 'kernel'}"
     moved = np.abs(expected[1][kernel] - expected[0][kernel]).max()
     assert moved > 1e4 * noise[1][kernel]
 
@@ -181,6 +192,8 @@ def test_a_stack_is_split_within_its_layers_and_by_the_config_first():
 @pytest.mark.slow
 def test_a_run_goes_on_upon_another_mesh(one_device, tmp_path):
     shape, expected, noise = one_device
+    if shape != "gpt2":
+        pytest.skip("one shape does")
     first = shaped(shape, MESHES["all"], checkpoint_every=7, keep_checkpoints=9, log_every=20)
     loop.train(first, str(tmp_path))
     for step in (14, 20):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from efficient import registry
 from efficient.errors import UserError
-from efficient.model import bind, gathered, walk
+from efficient.model import fresh, gathered
 from efficient.papers import Claim, Paper
 from efficient.registry import register
 from efficient.scope import Context, Scope, call
@@ -101,22 +101,6 @@ def of_piece(context: Context, index: Array, tokens: dict[str, Array | None]) ->
     """The context of a piece: its own positions, segments and randomness."""
     rng = None if context.rng is None else jax.random.fold_in(context.rng, index)
     return dataclasses.replace(context, rng=rng, **tokens)
-
-
-def fresh(module: nnx.Module) -> tuple[nnx.Module, Callable[[], None]]:
-    """A copy to call within a loop, and a check that the calls have not updated its state."""
-    copy = bind(module, {path: variable[...] for path, variable in walk(module)})
-    before = {path: variable[...] for path, variable in walk(copy)}
-
-    def check():
-        for path, variable in walk(copy):
-            if variable[...] is not before[path]:
-                raise UserError(
-                    f"mini-sequences cannot update state, and each call updates {path};"
-                    " use another technique there, or compute the sequence whole"
-                )
-
-    return copy, check
 
 
 @register("channel", "mini_sequence")

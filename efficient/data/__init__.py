@@ -1,6 +1,6 @@
 """Sources, tokenizers and generated tasks, read through Grain with exact resume."""
 
-from efficient.data import listops, pathfinder, poisson, synthetic, text, vision
+from efficient.data import captions, listops, pathfinder, poisson, synthetic, text, vision
 from efficient.data.pipeline import (
     Batches,
     Source,
@@ -15,6 +15,7 @@ __all__ = [
     "Batches",
     "Source",
     "batches",
+    "captions",
     "eval_batches",
     "listops",
     "make_source",

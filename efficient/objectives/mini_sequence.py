@@ -8,9 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from efficient.channels.mini_sequence import fresh, of_piece, over_pieces
+from efficient.channels.mini_sequence import of_piece, over_pieces
 from efficient.errors import UserError
-from efficient.model import gathered
+from efficient.model import fresh, gathered
 from efficient.objectives.likelihood import auxiliary_loss, cross_entropy, token_weights
 from efficient.registry import register
 from efficient.scope import Context

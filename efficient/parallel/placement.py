@@ -22,6 +22,7 @@ from efficient.model import layers_of
 from efficient.parallel import megatron
 from efficient.parallel.mesh import AXES
 from efficient.parallel.scopes import DEFAULT, ORDER, Scopes, axes_of, scoped
+from pallas_kernels.mesh import constrain
 
 BATCH_AXES = megatron.BATCH_AXES
 
@@ -250,3 +251,16 @@ class Placement:
             return self.replicated
 
         return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def split_batch(batch: Mapping[str, jax.Array], count: int, placement: Placement | None):
+    """[B, ...] -> [count, B / count, ...]; every device keeps rows of its own."""
+
+    def split(a):
+        a = a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1)
+        if placement is None:
+            return a
+        spec = PartitionSpec(None, *placement.batch.spec)
+        return constrain(a, NamedSharding(placement.mesh, spec))
+
+    return jax.tree.map(split, batch)

@@ -36,8 +36,10 @@ AXES = {"replicated": (), "group": ("fsdp",), "global": ("fsdp", "data")}
 ORDER = tuple(AXES)
 GATHER = ("compiler", "block")
 # Linears that are split in their second dimension by default, and the embedding table. XLA for TPUs
-# reduce-scatters along an array's last dimension by an all-reduce, twice the bytes: a placement
-# rule that splits the first one halves them.
+# reduce-scatters along an array's last dimension by an all-reduce, twice the bytes: with
+# gather="block" a placement rule that splits the first one halves them. It is no default: where the
+# compiler gathers, it saves nothing (0.66 GiB a step of GPT-2 124M on v5e:4x4 either way), and
+# a vocabulary of odd size would stay whole.
 FIRST_DIMENSION = {
     "at": r".*/(out|down)(/base)?/kernel|embed/table",
     "spec": [["tensor", "fsdp"], None],

@@ -7,7 +7,8 @@ W the bandwidth into one chip over the torus axes that the group spans:
   all-gather, reduce-scatter   V (n-1)/n / W
   all-reduce                   twice that
   all-to-all                   V (longest axis) / n / (4 W), twice that on an open axis
-  collective-permute           the bytes sent times the hops of the longest pair, over one link
+  collective-permute           the bytes sent over one link, or those of all pairs times their hops
+                               over all links of the torus
 
 An axis that closes into a ring brings both its links, an open one the one link its end chip has. A
 group of every s-th chip along an axis shares those links with s - 1 other groups. Real
@@ -107,12 +108,14 @@ def _describe(
         "collective-permute": local,
         "collective-broadcast": local,
     }.get(kind, local * (group - 1) // group)
-    members = pairs[0] if kind == "collective-permute" and len(pairs) else groups[0]
-    seconds = collective_seconds(kind, payload, _coordinates(target, mesh, members), target)
+    members = groups[0]
     if kind == "collective-permute" and len(pairs):
-        seconds = max(
-            collective_seconds(kind, payload, _coordinates(target, mesh, p), target) for p in pairs
+        members = pairs[0]
+        seconds = permute_seconds(
+            payload, np.stack([_coordinates(target, mesh, p) for p in pairs]), target
         )
+    else:
+        seconds = collective_seconds(kind, payload, _coordinates(target, mesh, members), target)
     return Collective(
         kind=kind,
         axes=_axes(mesh, members),
@@ -221,8 +224,7 @@ def collective_seconds(kind: str, payload: int, places: np.ndarray, target: Targ
     if chip.axes == 0:
         across = len(set(places[:, 0])) > 1
         bandwidth = chip.network_bandwidth if across else chip.link_bandwidth
-        share = 1.0 if kind == "collective-permute" else (n - 1) / n
-        share /= n if kind == "all-to-all" else 1
+        share = (n - 1) / n / (n if kind == "all-to-all" else 1)
         return (2 if kind == "all-reduce" else 1) * payload * share / bandwidth
     link = chip.link_bandwidth / chip.devices  # the devices of a chip share its links
     bandwidth, hops, longest, is_open = 0.0, 0, 1, False
@@ -239,8 +241,6 @@ def collective_seconds(kind: str, payload: int, places: np.ndarray, target: Targ
         longest, is_open = max(longest, len(where)), is_open or not ring
     if bandwidth == 0.0:
         return 0.0  # within a chip
-    if kind == "collective-permute":
-        return max(_distance(places, target) * payload / link, _HOP_LATENCY)
     if kind in ("all-to-all", "ragged-all-to-all"):
         transfer = payload * longest / n / (4 * bandwidth) * (2 if is_open else 1)
     else:
@@ -249,9 +249,28 @@ def collective_seconds(kind: str, payload: int, places: np.ndarray, target: Targ
     return rounds * max(transfer, hops * _HOP_LATENCY)
 
 
-def _distance(places: np.ndarray, target: Target) -> int:
-    total = 0
-    for axis, (a, b) in enumerate(places.T):
-        step = abs(int(a) - int(b))
-        total += min(step, target.topology[axis] - step) if target.wraps(axis) else step
-    return max(1, total)
+def permute_seconds(payload: int, pairs: np.ndarray, target: Target) -> float:
+    """Lower bound of one collective-permute: `payload` bytes from each first to each second.
+
+    A message streams through the chips between, so that its hops cost no time of their own but
+    take up links. Those of all pairs can at best be spread over all links evenly.
+
+    Args:
+      pairs: places as of `_coordinates`, [pairs, 2, axes].
+    """
+    chip = target.chip
+    if chip.axes == 0:
+        across = (pairs[:, 0, 0] != pairs[:, 1, 0]).any()
+        return payload / (chip.network_bandwidth if across else chip.link_bandwidth)
+    hops = np.abs(pairs[:, 0] - pairs[:, 1])
+    links = 0.0
+    for axis, length in enumerate(target.topology):
+        if target.wraps(axis):
+            hops[:, axis] = np.minimum(hops[:, axis], length - hops[:, axis])
+        links += 2 * (1 if target.wraps(axis) else (length - 1) / length)
+    links *= math.prod(target.topology)
+    if not hops.any():
+        return 0.0  # within a chip
+    bandwidth = chip.link_bandwidth / chip.devices  # the devices of a chip share its links
+    load = max(1.0, hops.sum() / links / chip.devices)
+    return max(load * payload / bandwidth, hops.sum(axis=1).max() * _HOP_LATENCY)

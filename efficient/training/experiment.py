@@ -126,6 +126,24 @@ def check_selections(phases: Sequence["Phase"], spec: Mapping[str, Any]) -> None
                 )
 
 
+def check_coupled(phase: "Phase", accumulate: int) -> None:
+    """Refuses to cut the batch of an objective that compares the examples of a batch."""
+    name = phase.config["objective"]["name"]
+    if not registry.find(name, "objective").declares.get("coupled"):
+        return
+    where = f"config.phases[{phase.index}]: {name!r} compares all examples of a batch"
+    if accumulate > 1:
+        raise UserError(
+            f"{where}, which config.accumulate={accumulate} would cut; set it to 1, and the"
+            f" objective's microbatches={accumulate} to save as much memory"
+        )
+    if phase.replicas > 1:
+        raise UserError(
+            f"{where}, of which {phase.config['optimizer']['name']!r} gives each replica a part;"
+            " use another optimizer, or config.mesh.data=1"
+        )
+
+
 def build_phases(config: ConfigDict, model: nnx.Module, placement: Placement) -> list[Phase]:
     """All phases; surgery is applied to the abstract model in order."""
     if not config.phases:

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from efficient import model as model_lib
 from efficient.parallel import pipeline
 from efficient.parallel.gathering import bind_gathered, brought
-from efficient.parallel.placement import Placement
+from efficient.parallel.placement import Placement, split_batch
 from efficient.parallel.schedule_ops import Schedule
 from efficient.parallel.sequence import arrange
 from efficient.scope import Context
@@ -232,17 +232,6 @@ def _sum_shapes(grad_fn, trained, params, buffers, first, rng, progress):
         grad_fn, trained, params, buffers, first[1], rng, progress
     )
     return grads, metrics, metrics["weight"]
-
-
-def split_batch(batch: Mapping[str, Array], count: int, placement: Placement):
-    """[B, ...] -> [count, B / count, ...]; every device keeps rows of its own."""
-
-    def split(a):
-        a = a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1)
-        spec = P(None, *placement.batch.spec)
-        return constrain(a, NamedSharding(placement.mesh, spec))
-
-    return jax.tree.map(split, batch)
 
 
 def make_eval_step(phase: Phase, placement: Placement, dtype) -> Callable:
