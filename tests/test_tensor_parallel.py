@@ -1,5 +1,6 @@
 """Structured linears whose features are split over devices: one device's step, few collectives."""
 
+import collections
 import re
 
 import jax
@@ -19,6 +20,8 @@ WIDTH, DEPTH, LENGTH, BATCH, BLOCKS, RANK = 64, 1, 32, 8, 4, 16
 LINEARS = {
     "monarch": {"use": "monarch", "blocks": BLOCKS, "bias": True},
     "low_rank": {"use": "low_rank", "rank": RANK, "bias": True},
+    "pixelfly": {"use": "pixelfly", "density": 0.5, "block": 8, "bias": True},
+    "tensor_train": {"use": "tensor_train", "rank": 8, "bias": True},
 }
 MESH = {"data": 2, "fsdp": 1, "tensor": 4}
 
@@ -90,7 +93,10 @@ def test_splits_that_are_refused():
             monarch_matmul(x, right, left, **how)
 
 
-@pytest.mark.parametrize("name", ["monarch", pytest.param("low_rank", marks=pytest.mark.slow)])
+OTHERS = [pytest.param(n, marks=pytest.mark.slow) for n in LINEARS if n != "monarch"]
+
+
+@pytest.mark.parametrize("name", ["monarch", *OTHERS])
 def test_a_step_of_eight_devices_is_that_of_one(name):
     found = []
     for mesh, devices in (({"data": 1}, jax.devices()[:1]), (MESH, jax.devices())):
@@ -113,7 +119,7 @@ def test_a_step_of_eight_devices_is_that_of_one(name):
     for path, shape in shards.items():  # every factor is held once by the devices of a row of data
         whole = gradients[path].shape
         split = np.prod(whole) // np.prod(shape)
-        factor = re.search(r"/(right|left)$|/(q|k|v|up)/up$|/(out|down)/down$", path)
+        factor = re.search(r"/(right|left|blocks)$|/(q|k|v|up)/up$|/(out|down)/down$", path)
         assert split == 4 if factor else split in (1, 4), path
 
 
@@ -147,3 +153,35 @@ def test_a_tpu_moves_what_is_between_the_factors_and_nothing_else():
     # Before q, k, v and up; of their inputs' gradients; after out and down; and one gather, of a
     # gradient that is split along features, which XLA ascribes to the product that gives it.
     assert runs == {"all_gather": 4, "reduce_scatter": 4, "psum": 2, "shard_map": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:block_sparse_matmul")  # not its kernels
+def test_a_tpu_gathers_few_weights_where_features_would_travel():
+    """Of Pixelfly's layers no features are gathered or summed; heads come by all-to-alls.
+
+    What is left of a dense block's twelve gathers and scatters are those of embedding and head.
+    """
+    pytest.importorskip("libtpu", reason="the TPU compiler; pip install -e .[lab]")
+    width, length = 1024, 256
+    linear = {"use": "pixelfly", "density": 0.5, "block": 128}
+    rules = [{"at": r"blocks/\d+/(mixer|channel)/.*", **linear}]
+    found = config("pixelfly", {"data": 1, "tensor": 4}, width=width, max_length=length)
+    found.rules = [*rules, *common.gpt2(width, DEPTH, 8)]
+    found.data, found.compute_dtype = {**found.data, "length": length}, "bfloat16"
+    activation = 2 * BATCH * length * width
+    plan = plan_config(found, "v5e:2x2")
+    of_features = collections.Counter()
+    weights = 0
+    for one in plan.collectives:
+        if one.payload == activation:
+            of_features[one.kind] += one.runs
+        elif "blocks" in one.source or "shard_map" in one.source:
+            weights += one.wire
+    # q, k, v and what attention gives, forward and backward
+    assert of_features == {"all-to-all": 8, "all-gather": 2, "reduce-scatter": 2}
+    assert weights > 0
+    # Blocks are gathered, and their gradients scattered: of the 12 n^2 weights of a dense block
+    # a half at most, and none else of any size.
+    rest = sum(c.wire for c in plan.collectives if c.payload != activation)
+    assert rest < 3 * 2 * 12 * width**2 / 2

@@ -36,6 +36,8 @@ class BlockDiagonal(nnx.Module):
       bias: overrides what the host asks for.
     """
 
+    by_rows = True
+
     def __init__(
         self,
         scope: Scope,

@@ -95,6 +95,8 @@ class BlockSparse(nnx.Module):
       bias: overrides what the host asks for.
     """
 
+    by_rows = True
+
     def __init__(
         self,
         scope: Scope,

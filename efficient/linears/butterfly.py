@@ -45,6 +45,8 @@ class Butterfly(nnx.Module):
       bias: overrides what the host asks for.
     """
 
+    by_rows = True
+
     def __init__(
         self,
         scope: Scope,

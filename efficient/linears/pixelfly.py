@@ -176,6 +176,8 @@ class Pixelfly(nnx.Module):
       bias: overrides what the host asks for.
     """
 
+    by_rows = True
+
     def __init__(
         self,
         scope: Scope,

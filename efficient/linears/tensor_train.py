@@ -31,6 +31,7 @@ from jaxtyping import Array, Float
 
 from efficient.errors import UserError
 from efficient.init import ZEROS, Normal
+from efficient.linears.layout import on_rows
 from efficient.papers import Claim, Paper
 from efficient.registry import register
 from efficient.scope import Context, Scope, param
@@ -112,6 +113,8 @@ class TensorTrain(nnx.Module):
       bias: overrides what the host asks for.
     """
 
+    by_rows = True
+
     def __init__(
         self,
         scope: Scope,
@@ -151,8 +154,9 @@ class TensorTrain(nnx.Module):
         return [getattr(self, f"core_{k}") for k in range(len(self.in_shape))]
 
     def __call__(self, x: Float[Array, "*B I"], context: Context) -> Float[Array, "*B O"]:
-        del context
-        y = tensor_train_multiply(x, [core[...] for core in self.cores])
+        # Without layouts XLA splits the cores' small dimensions and sums what is between them.
+        x = on_rows(x, context)
+        y = on_rows(tensor_train_multiply(x, [core[...] for core in self.cores]), context)
         return y if self.bias is None else y + self.bias[...]
 
     def flops(self) -> int:

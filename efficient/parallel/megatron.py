@@ -57,6 +57,9 @@ RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     # Four-bit kernels and what belongs to their groups of rows, split as the kernel is.
     (rf"{_COLUMN}/(packed|scales|zeros)", ("fsdp", "tensor")),
     (rf"{_ROW}/(packed|scales|zeros)", ("tensor", "fsdp")),
+    # Blocks and factors of structured linears, which every device gathers (see linears/layout.py).
+    (r".*/blocks", ("tensor", "fsdp")),
+    (r".*/twiddle", (None, None, None, ("tensor", "fsdp"))),
     (r"embed/table", ("tensor", "fsdp")),
     (r"head/kernel", ("fsdp", "tensor")),
     # Residuals and norms [B, T, D] work on a part of the sequence; a mixer or channel reads all of

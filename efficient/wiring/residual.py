@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from efficient.init import Constant
+from efficient.linears.layout import by_rows
 from efficient.registry import register
 from efficient.scope import Context, Scope, call, param
 
@@ -40,14 +41,14 @@ class Block(nnx.Module):
         aux: dict[str, Array] = {}
 
         def mix(y):
-            y, more = call(self.mixer, _enter(y, context), context)
+            y, more = call(self.mixer, _enter(self.mixer, y, context), context)
             aux.update(more)
-            return _leave(y, context)
+            return _leave(self.mixer, y, context)
 
         def transform(y):
-            y, more = call(self.channel, _enter(y, context), context)
+            y, more = call(self.channel, _enter(self.channel, y, context), context)
             aux.update(more)
-            return _leave(y, context)
+            return _leave(self.channel, y, context)
 
         return self.wire(x, mix, transform, context), aux
 
@@ -137,14 +138,18 @@ class SandwichNorm(Block):
         return x + self.channel_out_norm(transform(self.channel_norm(x, context)), context)
 
 
-def _enter(y: Array, context: Context) -> Array:
+def _enter(part: nnx.Module, y: Array, context: Context) -> Array:
     """From where residuals lie to what a sublayer reads, and its derivative back."""
-    return context.place(y, "inputs", gradient="tokens")
+    return context.place(y, _read_at(part), gradient="tokens")
 
 
-def _leave(y: Array, context: Context) -> Array:
+def _leave(part: nnx.Module, y: Array, context: Context) -> Array:
     """The reverse, so that sums over devices end in the parts of the residual."""
-    return context.place(y, "tokens", gradient="inputs")
+    return context.place(y, "tokens", gradient=_read_at(part))
+
+
+def _read_at(part: nnx.Module) -> str:
+    return "tokens" if by_rows(part) else "inputs"
 
 
 def _scaled(x: Array, scale: nnx.Param | None) -> Array:

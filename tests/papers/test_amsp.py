@@ -33,7 +33,6 @@ CASES = {
     "zero_1": (LAYOUTS["zero_1"], 1),
     "zero_2": (LAYOUTS["zero_2"], 2),
     "zero_3": (LAYOUTS["zero_3"], 1),
-    "mics": (LAYOUTS["mics"], 1),
     "zero_3 by blocks": (Scopes("global", "global", "global", "block"), 1),
     "mics by blocks": (Scopes("group", "group", "group", "block"), 2),
     "redundant parameters": (Scopes("group", "global", "global", "block"), 1),
@@ -352,12 +351,6 @@ EXPECTED = {
         ("reduce-scatter", IN): within(SUMMED),
         ("all-reduce", OUT): 2 * between(SUMMED),
     },
-    "mixed": {
-        ("all-gather", IN): within(READ),
-        ("reduce-scatter", IN): within(SUMMED),
-        ("reduce-scatter", OUT): between(SUMMED),
-        ("all-gather", OUT): between(4 * ALL),
-    },
 }
 
 
@@ -398,9 +391,8 @@ def test_states_take_the_memory_of_the_formula(name):
 
 @pytest.mark.slow
 def test_what_the_compiler_does_by_itself():
-    """More bytes than by blocks, and for global scopes other collectives."""
-    for name, least in (("mics", 1.05), ("zero_3", 1.15)):
-        alone, blocks = sent(LAYOUTS[name]), sent(by_blocks(name))
-        assert sum(alone.values()) > least * sum(blocks.values())
-    assert any(kind == "collective-permute" for kind, _ in sent(LAYOUTS["zero_3"]))
-    assert not any(kind == "reduce-scatter" for kind, _ in sent(LAYOUTS["zero_3"]))
+    """More bytes than by blocks, and other collectives."""
+    alone, blocks = sent(LAYOUTS["zero_3"]), sent(by_blocks("zero_3"))
+    assert sum(alone.values()) > 1.15 * sum(blocks.values())
+    assert any(kind == "collective-permute" for kind, _ in alone)
+    assert not any(kind == "reduce-scatter" for kind, _ in alone)

@@ -56,7 +56,7 @@ def test_redundancy_buys_traffic_between_groups():
 
 @pytest.mark.slow
 def test_each_collective_stays_within_groups_or_between_them():
-    for name in ("zero_1", "zero_3", "mics", "mixed"):
+    for name in ("zero_3", "mics"):
         found = sent(by_blocks(name))
         assert {key for key in found if key[1] not in (("fsdp",), ("data",))} == set(OF_TABLE)
     alone = [one for one in planned(LAYOUTS["zero_3"]).collectives if one.wire >= SMALL]
