@@ -232,6 +232,16 @@ def test_an_axis_over_which_nothing_is_split_is_refused():
     tiny.start(config, jax.devices())
 
 
+def test_heads_that_the_mesh_does_not_divide_are_refused():
+    config = shaped("gpt2", {"data": 2, "tensor": 4})
+    message = "blocks/0/mixer has 2 heads, which config.mesh.tensor=4 .* one of 1, 2, or"
+    with pytest.raises(UserError, match=message):
+        tiny.start(config, jax.devices())
+    # unless a rule leaves heads whole
+    config.placement = [{"at": "activations/heads", "spec": [["data", "fsdp"], "sequence"]}]
+    tiny.start(config, jax.devices())
+
+
 def test_placements_that_are_refused():
     for spec, message in (
         ([None, None, "fsdp"], "3 axes for shape"),

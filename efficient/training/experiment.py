@@ -6,6 +6,7 @@ Everything here is abstract: no array is allocated, so the same code serves trai
 import dataclasses
 import functools
 import importlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import models
 from efficient import model as model_lib
 from efficient import registry
 from efficient.errors import UserError, nearest
-from efficient.parallel.placement import Placement
+from efficient.parallel.placement import Placement, axes_of
 from efficient.scope import Rules, Scope
 from efficient.training.validation import (
     Treatment,
@@ -124,6 +125,21 @@ def check_selections(phases: Sequence["Phase"], spec: Mapping[str, Any]) -> None
                     f"config.phases[{phase.index}].selection: {phase.config['selection']['name']!r}"
                     f" needs {name!r} of each example, but the data gives {', '.join(sorted(spec))}"
                 )
+
+
+def check_heads(model: nnx.Module, placement: Placement) -> None:
+    """Refuses heads that the mesh does not divide: every device would attend with all of them."""
+    spec = (*(placement.spec("activations/heads") or ()), None, None, None)
+    axes = axes_of((spec[2],))
+    ways = math.prod(placement.mesh.shape[axis] for axis in axes)
+    for path, module in model_lib.modules(model):
+        heads = getattr(module, "heads", None)
+        if isinstance(heads, int) and heads % ways:
+            fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise UserError(
+                f"{path} has {heads} heads, which config.mesh.{'*'.join(axes)}={ways} does not"
+                f" divide; set it to one of {fits}, or the heads to a multiple of {ways}"
+            )
 
 
 def check_coupled(phase: "Phase", accumulate: int) -> None:

@@ -109,6 +109,7 @@ class Run:
         self._check_axes()
         for phase in self.phases:
             experiment.check_coupled(phase, config.accumulate)
+            experiment.check_heads(phase.single, self.placement)
             check_gathering(phase.stacked, self.placement)
         self.schedule = self._pipeline()
         self._flops: dict[tuple[int, str | None], float] = {}

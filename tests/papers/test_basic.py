@@ -95,9 +95,7 @@ def test_gradients_are_those_of_the_whole_batch(small):
     assert size > 0.1
     for path, grad in grads.items():
         # That of the keys' biases is zero but for rounding.
-        np.testing.assert_allclose(
-            cut_grads[path], grad, rtol=1e-4, atol=1e-6 * size, err_msg=path
-        )
+        np.testing.assert_allclose(cut_grads[path], grad, rtol=1e-4, atol=1e-6 * size, err_msg=path)
 
     # What accumulation gives instead: fewer negatives, another gradient.
     part = jax.jit(value_and_grad(model, 1))
