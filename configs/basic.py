@@ -2,12 +2,13 @@
 
 Command: python train.py --config=configs/basic.py --workdir=runs/basic
          python train.py --config=configs/basic.py:microbatches=1 --workdir=runs/whole
-         python train.py --config=configs/basic.py:batch_size=64 --workdir=runs/small_batch
-Hardware: two CPU cores.
-Expected: TODO
+Hardware: two CPU cores, some ten minutes.
+Expected: an image finds a caption of its triple in 0.876 of held-out pairs, by chance 0.005; loss
+1.723 nats. The same, but for rounding, with any number of microbatches.
 
 Images of three digits are matched with captions; held out are triples that no caption of training
-named. `accuracy` is how often an image finds a caption of its triple among those of the batch.
+named. `accuracy` is over the captions of a batch: 512 pairs name some 180 of the 200 held-out
+triples.
 """
 
 from configs import common

@@ -24,7 +24,6 @@ SCHEDULES = {
     "interleaved": {"schedule": "interleaved", "chunks": 2},
     "modular": {"schedule": "modular", "chunks": 2},
 }
-SLOW = [pytest.param(n, marks=[pytest.mark.slow] * (n != "interleaved")) for n in SCHEDULES]
 
 
 def config(depth=4, wiring=None, **fields):
@@ -63,7 +62,8 @@ def accumulated():
     return step(config(), jax.devices()[:1])
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_a_pipeline_takes_the_step_of_one_device(accumulated, name):
     """Loss and every gradient, with the randomness of layers and microbatches."""
     before, after, metrics = accumulated

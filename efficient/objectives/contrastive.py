@@ -71,7 +71,7 @@ def pair_loss(
     weight: Float[Array, " B"] | None = None,
     pieces: int = 1,
 ) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
-    """Cross-entropy of each pair among all, the mean of both directions, and j of the y nearest x_i.
+    """Cross-entropy of each pair among all, the mean of both directions; j of the y nearest x_i.
 
     Args:
       x, y: float32 unit embeddings; row i of both is a pair.

@@ -24,7 +24,6 @@ from efficient.parallel.schedule_ops import Schedule
 from efficient.parallel.sequence import arrange
 from efficient.scope import Context
 from efficient.training.experiment import Phase
-from pallas_kernels.mesh import constrain
 
 State = dict[str, Any]
 

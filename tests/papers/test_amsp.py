@@ -90,7 +90,8 @@ def near(found, expected, noise):
         assert error <= 10 * max(noise[path], unit[path]), (path, error, noise[path])
 
 
-@pytest.mark.parametrize("name", marked(CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_a_layout_takes_the_steps_of_one_device(name):
     scopes, microbatches = CASES[name]
     run, state = tiny.start(layout(scopes, microbatches), jax.devices())

@@ -108,7 +108,9 @@ def test_gradients_are_those_of_the_whole_batch(small):
 
 def large():
     """Abstract arguments of a model and a batch of which activations are nearly all memory."""
-    run = Run(configs.basic.get_config("batch_size=256"), jax.devices()[:1])
+    config = configs.basic.get_config("smoke")
+    config.batch_size = 256
+    run = Run(config, jax.devices()[:1])
     return run.phases[0].stacked, run.phases[0].shapes, run.abstract_batch()
 
 
