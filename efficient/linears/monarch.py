@@ -23,6 +23,8 @@ So the Frobenius-nearest Monarch matrix takes each slice's truncated SVD, with t
 split evenly between the factors (the paper's Algorithm 1, which it states for r = 1).
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,6 +179,9 @@ class Monarch(nnx.Module):
 
     Args:
       blocks: b; more blocks, fewer parameters: 2 / b of a square dense layer's.
+      split: where a mesh splits features. With "rows" every device gathers both factors and takes
+        its rows, whatever their features; with "features" it has its share of the factors and of
+        the features, some of which travel: for few rows, as in decoding.
       bias: overrides what the host asks for.
     """
 
@@ -188,9 +193,12 @@ class Monarch(nnx.Module):
         use_bias: bool,
         *,
         blocks: int = 4,
+        split: Literal["rows", "features"] = "rows",
         bias: bool | None = None,
     ):
-        self.name = scope.name
+        if split not in ("rows", "features"):
+            raise UserError(f"monarch: split={split!r} must be 'rows' or 'features'")
+        self.name, self.by_rows = scope.name, split == "rows"
         if not 1 <= blocks <= min(in_features, out_features):
             raise UserError(
                 f"monarch: blocks={blocks} must be between 1 and the smaller of its"
@@ -223,6 +231,8 @@ class Monarch(nnx.Module):
 
     def _split(self, x: Array, context: Context) -> dict:
         """How features lie on the mesh: as a dense layer's here, where the factors divide so."""
+        if self.by_rows:
+            return {"sharding": layout_of(x, context)}
         inputs, outputs = context.features(self.name)
         rows = layout_of(x, context, inputs or outputs)
         (blocks, _, _), (_, inner, columns) = self.right.shape[-3:], self.left.shape[-3:]

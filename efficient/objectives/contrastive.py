@@ -57,9 +57,12 @@ PAPER = Paper(
         ),
         Claim("85.7 percent zero-shot on ImageNet.", note="needs 6.6 billion pairs"),
     ),
+    source="the abstract, and the README of Gradient Cache (arXiv 2101.06983, luyug/GradCache),"
+    " which computes the same gradient; the paper's text was not read. The bounds of the"
+    " temperature are CLIP's (arXiv 2103.00020)",
     departures=(
-        "The paper's model parallelism, and its estimate of Adam's second moments from"
-        " microbatches, are not here: gradients are summed, and a mesh splits the rest.",
+        "The paper's model parallelism is left to the mesh.",
+        "Similarities too are computed a microbatch of rows at a time.",
     ),
 )
 
