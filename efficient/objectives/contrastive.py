@@ -23,6 +23,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from efficient.errors import UserError
@@ -68,38 +69,41 @@ PAPER = Paper(
 
 
 def pair_loss(
-    x: Float[Array, "B E"],
-    y: Float[Array, "B E"],
+    x: Float[Array, "P R E"],
+    y: Float[Array, "P R E"],
     scale: Float[Array, ""] | float,
-    weight: Float[Array, " B"] | None = None,
-    pieces: int = 1,
-) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
-    """Cross-entropy of each pair among all, the mean of both directions; j of the y nearest x_i.
+    weight: Float[Array, "P R"] | None = None,
+    everywhere: NamedSharding | None = None,
+) -> tuple[Float[Array, "P R"], Int[Array, "P R"]]:
+    """Cross-entropy of each pair among all B = P R, the mean of both directions, and the number,
+    0 to B - 1, of the y nearest to each x.
+
+    Similarities are computed for R rows at a time; of several pieces again in the backward pass.
 
     Args:
-      x, y: float32 unit embeddings; row i of both is a pair.
+      x, y: float32 unit embeddings in P pieces; those at one place are a pair.
       scale: s.
       weight: pairs of weight 0 are no one's negatives.
-      pieces: similarities are computed for B / pieces rows at a time, twice where they are
-        differentiated.
+      everywhere: the layout of an array that every device has, where rows R are split over them.
     """
-    rows = x.shape[0] // pieces
-    absent = jnp.zeros(x.shape[0]) if weight is None else jnp.where(weight > 0, 0.0, -jnp.inf)
+    pieces, rows, size = x.shape
+    all_x, all_y = (a.reshape(-1, size) for a in (x, y))
+    if everywhere is not None:
+        all_x, all_y = (constrain(a, everywhere) for a in (all_x, all_y))
+    absent = 0.0 if weight is None else jnp.where(weight.ravel() > 0, 0.0, -jnp.inf)
 
-    def piece(index, x_rows, y_rows):
+    def piece(index, x, y):
         own = index * rows + jnp.arange(rows)
         # A row of weight 0 keeps itself, so that its loss, which counts for nothing, is finite.
-        kept = jnp.where(jnp.arange(len(x)) == own[:, None], 0.0, absent)
-        to_text = scale * x_rows @ y.T + kept
-        to_image = scale * y_rows @ x.T + kept
+        kept = jnp.where(jnp.arange(pieces * rows) == own[:, None], 0.0, absent)
+        to_text = scale * x @ all_y.T + kept
+        to_image = scale * y @ all_x.T + kept
         losses = (cross_entropy(to_text, own) + cross_entropy(to_image, own)) / 2
         return losses, to_text.argmax(axis=-1)
 
-    if pieces == 1:
-        return piece(0, x, y)
-    items = jnp.arange(pieces), *(a.reshape(pieces, rows, -1) for a in (x, y))
-    piece = jax.checkpoint(piece, prevent_cse=False)
-    return jax.tree.map(jnp.ravel, jax.lax.map(lambda item: piece(*item), items))
+    if pieces > 1:
+        piece = jax.checkpoint(piece, prevent_cse=False)
+    return jax.lax.map(lambda item: piece(*item), (jnp.arange(pieces), x, y))
 
 
 @register("objective", "contrastive", coupled=True)
@@ -132,11 +136,12 @@ class Contrastive:
         # Microbatches take rows from all devices, so the pairs are reordered; all of them alike.
         pieces = self._split(batch, context)
         x, y, aux = self._embed(model, pieces, context)
-        weight = pieces.get("weight")
-        weight = None if weight is None else weight.ravel()
-        losses, nearest = pair_loss(x, y, model.scale(), weight, self.microbatches)
-        label = pieces["label"].ravel() if "label" in pieces else jnp.arange(len(x))
-        hits = (label[nearest] == label).astype(jnp.float32)
+        weight, placement = pieces.get("weight"), context.placement
+        spread = placement is not None and placement.mesh.size > 1
+        everywhere = placement.replicated if spread else None
+        losses, nearest = pair_loss(x, y, model.scale(), weight, everywhere)
+        label = pieces.get("label", jnp.arange(losses.size).reshape(losses.shape))
+        hits = (label.ravel()[nearest] == label).astype(jnp.float32)
         loss, count = weighted_mean(losses, weight)
         metrics = {"loss": loss, "accuracy": weighted_mean(hits, weight)[0], "weight": count}
         return loss + auxiliary_loss(aux), metrics | aux
@@ -152,23 +157,19 @@ class Contrastive:
         return split_batch(batch, self.microbatches, context.placement)
 
     def _embed(self, model, pieces, context):
-        """Embeddings [B, E] of both, whole on every device, and the means of auxiliary outputs."""
+        """Embeddings [P, R, E] of both, and the means over pieces of auxiliary outputs."""
         if self.microbatches == 1:
             x, y, aux = model.embeddings(jax.tree.map(lambda a: a[0], pieces), context)
-        else:
-            whole = gathered(model)
+            return x[None], y[None], aux
+        whole = gathered(model)
 
-            def piece(index, batch):
-                copy, check = fresh(whole)
-                out = copy.embeddings(batch, context.layer(index))
-                check()
-                return out
+        def piece(index, batch):
+            copy, check = fresh(whole)
+            out = copy.embeddings(batch, context.layer(index))
+            check()
+            return out
 
-            piece = jax.checkpoint(piece, prevent_cse=False)
-            items = jnp.arange(self.microbatches), pieces
-            x, y, aux = jax.lax.map(lambda item: piece(*item), items)
-            x, y = (a.reshape(-1, a.shape[-1]) for a in (x, y))
-            aux = jax.tree.map(lambda a: a.mean(axis=0), aux)
-        if context.placement is not None and context.placement.mesh.size > 1:
-            x, y = (constrain(a, context.placement.replicated) for a in (x, y))
-        return x, y, aux
+        piece = jax.checkpoint(piece, prevent_cse=False)
+        items = jnp.arange(self.microbatches), pieces
+        x, y, aux = jax.lax.map(lambda item: piece(*item), items)
+        return x, y, jax.tree.map(lambda a: a.mean(axis=0), aux)

@@ -16,6 +16,7 @@ from efficient.errors import UserError
 from efficient.objectives.contrastive import Contrastive, pair_loss
 from efficient.planning.flops import flop_count
 from efficient.scope import Context
+from efficient.training.plan import plan_config
 from efficient.training.run import Run
 
 B, E, S = 12, 5, 3.0
@@ -47,8 +48,10 @@ def test_the_loss_and_its_derivatives_are_those_of_the_equations(pieces, padding
     weight = (np.arange(B) < B - padding).astype(np.float64)
 
     def loss(x, y, scale):
-        losses, _ = pair_loss(x, y, scale, jnp.asarray(weight) if padding else None, pieces)
-        return (losses * weight).sum() / weight.sum()
+        x, y = (a.reshape(pieces, -1, E) for a in (x, y))
+        weights = weight.reshape(pieces, -1)
+        losses, _ = pair_loss(x, y, scale, jnp.asarray(weights) if padding else None)
+        return (losses * weights).sum() / weights.sum()
 
     with jax.enable_x64():
         value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(x, y, S)
@@ -61,8 +64,9 @@ def test_the_nearest_text_is_found_across_pieces():
     x = np.eye(B, dtype=np.float32)
     order = np.random.default_rng(1).permutation(B)
     for pieces in (1, 4):
-        _, nearest = pair_loss(x, x[order], 1.0, None, pieces)
-        np.testing.assert_array_equal(order[np.asarray(nearest)], np.arange(B))
+        parts = (a.reshape(pieces, -1, B) for a in (x, x[order]))
+        _, nearest = pair_loss(*parts, 1.0)
+        np.testing.assert_array_equal(order[np.asarray(nearest).ravel()], np.arange(B))
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +158,21 @@ def test_a_mesh_contrasts_the_pairs_of_all_devices():
     for path in moments:
         atol = 1e-4 * np.abs(states[-1][path]).max() + 1e-8
         np.testing.assert_allclose(others[-1][path], states[-1][path], atol=atol, err_msg=path)
+
+
+@pytest.mark.slow
+def test_devices_exchange_embeddings_and_sums_alone():
+    """In the program for eight v5e, each with its rows of the microbatch and of similarities."""
+    pytest.importorskip("libtpu", reason="the TPU compiler; pip install -e .[lab]")
+    config = configs.basic.get_config("smoke,microbatches=2")
+    config.batch_size, config.mesh = 256, {"data": 8}
+    plan = plan_config(config, "v5e:2x4")
+    width = config.model.embedding
+    for one in plan.collectives:
+        print(one.kind, one.payload, one.runs, one.source[-60:])
+    gathers = [c for c in plan.collectives if c.kind == "all-gather"]
+    assert sum(c.payload * c.runs for c in gathers) == 2 * 4 * 256 * width
+    assert {c.kind for c in plan.collectives} <= {"all-gather", "all-reduce", "reduce-scatter"}
 
 
 def test_captions_name_what_the_image_shows():
