@@ -14,7 +14,7 @@ ROWS = {False: (512, 256, 128), True: (256, 128)}
 LEAST_ROWS = 128
 # FLOPs of a step beyond which its products are loops and not one straight piece of code. In one,
 # the exchanges run while the matrix unit is at work; 2**32 of them are 32,768 bundles on a v5e.
-STRAIGHT_FLOPS = 6 * 2**30
+STRAIGHT_FLOPS = 10 * 2**30
 
 
 class Plan(NamedTuple):
