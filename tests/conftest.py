@@ -1,8 +1,8 @@
 """Eight fake CPU devices for every test, and public functions checked against their shapes.
 
 Programs of the tests are small and mostly compiled for one call: LLVM does not optimize them,
-which took a third off the CPU time of three files. The configs' smoke runs, the notebook and the
-laboratory are compiled as users compile them.
+which took a third off the CPU time of three files. The quickstart, the notebook and the laboratory
+are compiled as users compile them.
 """
 
 import os

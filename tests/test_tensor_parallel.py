@@ -19,7 +19,6 @@ AUTO = (AxisType.Auto,) * 2
 WIDTH, DEPTH, LENGTH, BATCH, BLOCKS, RANK = 64, 1, 32, 8, 4, 16
 LINEARS = {
     "monarch": {"use": "monarch", "blocks": BLOCKS, "split": "features", "bias": True},
-    "monarch by rows": {"use": "monarch", "blocks": BLOCKS, "bias": True},
     "low_rank": {"use": "low_rank", "rank": RANK, "bias": True},
     "pixelfly": {"use": "pixelfly", "density": 0.5, "block": 8, "bias": True},
     "tensor_train": {"use": "tensor_train", "rank": 8, "bias": True},
