@@ -271,6 +271,7 @@ def check_kernel(name):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_kernels_of_scalars():
     check_kernel("one_stage")
 

@@ -169,6 +169,7 @@ def test_gradient_is_the_slope_of_the_loss(case):
     assert abs(slope - expected) < 2e-4 + 0.05 * size / np.sqrt(count)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(case):
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
     spread = NamedSharding(mesh, PartitionSpec("data"))

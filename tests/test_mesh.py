@@ -38,7 +38,7 @@ FIELDS = {
     "pipeline and tensor": {"accumulate": 4},
     "pipeline and sequence": {"accumulate": 4},
 }
-FAST = ("all", "sequence and tensor", "pipeline")
+FAST = ("all", "pipeline")
 OF_GPT2 = ("sequence", "sequence and fsdp", "pipeline", "pipeline and sequence")
 OTHER_SHAPES = {"ulysses": ("llama",), "sequence and tensor": ("gpt2", "monarch")}
 OTHER_SHAPES |= {"pipeline and tensor": ("gpt2", "llama")}

@@ -102,6 +102,7 @@ def test_stages_split_over_two_more_axes_take_the_step_of_one_device(axes):
         )
 
 
+@pytest.mark.slow
 def test_model_flops_are_those_of_one_device():
     mesh = {"data": 1, "pipeline": 2, "fsdp": 2, "tensor": 2}
     alone, stages = (

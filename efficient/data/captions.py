@@ -45,6 +45,7 @@ class Captions:
         self._triples, self._size = triples_of(split), size
         self._seed = (seed, SPLITS.index(split))
         self.facts = {
+            "num_classes": 1000,
             "image_size": (8, 24),
             "channels": 1,
             "vocab_size": len(WORDS) + 1,

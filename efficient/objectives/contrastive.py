@@ -40,8 +40,13 @@ PAPER = Paper(
     status="equations",
     claims=(
         Claim(
-            "Loss and gradients are those of the whole batch; accumulated gradients are not.",
+            "Loss and gradients are those of the whole batch.",
             "tests/papers/test_basic.py::test_gradients_are_those_of_the_whole_batch",
+            True,
+        ),
+        Claim(
+            "Accumulating gradients of microbatches is another loss, with another gradient.",
+            "tests/papers/test_basic.py::test_accumulated_gradients_are_of_another_loss",
             True,
         ),
         Claim(

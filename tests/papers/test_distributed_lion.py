@@ -99,7 +99,8 @@ def config(count, vote="majority", **fields):
     return tiny.config(phase, mesh={"data": count}, **fields)
 
 
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_takes_these_steps_by_the_replicas_own_gradients(accumulate):
     count = 4
     run, state = tiny.start(config(count, accumulate=accumulate, batch_size=16), jax.devices()[:4])

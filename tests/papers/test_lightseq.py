@@ -266,6 +266,7 @@ def test_a_checkpoint_of_the_output_spares_the_second_pass():
     assert cosines == 3, "what comes before attention is computed again; and the derivative of sin"
 
 
+@pytest.mark.slow
 def test_memory_falls_with_the_devices():
     """Temporaries of a device, both passes: eleven arrays like its queries at most, of any part.
 

@@ -298,6 +298,7 @@ def trained():
     return run.phases[0], dict(state["params"]), batch
 
 
+@pytest.mark.slow
 def test_surgery_keeps_the_loss_of_a_trained_decoder(trained):
     """Nearer to the dense model's than weights that are zero, rescaled or of other rows.
 
