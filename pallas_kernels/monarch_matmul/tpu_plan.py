@@ -14,6 +14,8 @@ ROWS = {False: (512, 256, 128), True: (256, 128)}
 LEAST_ROWS = 128
 # FLOPs of a step beyond which its products are loops and not one straight piece of code. In one,
 # the exchanges run while the matrix unit is at work; 2**32 of them are 32,768 bundles on a v5e.
+# On a v6e 4096 by 4 forward is 0.84 of the roofline in one piece, 0.65 in loops of 2**29 a turn and
+# 0.76 of 2**31.
 STRAIGHT_FLOPS = 10 * 2**30
 
 
