@@ -8,6 +8,8 @@ import sys
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from configs import common
@@ -45,6 +47,23 @@ def packed_text(folder: pathlib.Path) -> dict:
 
 def llama_rules(heads: int = 4, kv_heads: int = 2) -> list[dict]:
     return common.llama(heads, kv_heads, hidden=64)
+
+
+def mesh_of(**sizes):
+    """A mesh of these axes on the first of the fake devices."""
+    count = int(np.prod(list(sizes.values())))
+    auto = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), auto, devices=jax.devices()[:count])
+
+
+def layout(mesh):
+    """How queries [B, T, N, H] lie on a mesh of data, sequence and tensor, or of some of them."""
+    if "data" not in mesh.shape:
+        return NamedSharding(
+            mesh, P(None, "sequence", "tensor" if "tensor" in mesh.shape else None)
+        )
+    tensor = ("tensor",) if "tensor" in mesh.shape else None
+    return NamedSharding(mesh, P(("data",), ("sequence",), tensor, None))
 
 
 def host(arrays) -> dict[str, np.ndarray]:

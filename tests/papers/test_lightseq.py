@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny import layout, mesh_of
 
 from efficient.errors import UserError
 from efficient.parallel.lightseq import Ring, ring_attention
@@ -21,21 +22,6 @@ from pallas_kernels.attention import Causal, Full, Heads, Prefix, Window, attent
 
 B, T, H = 2, 64, 8
 EPS = float(np.finfo(np.float32).eps)
-
-
-def mesh_of(**sizes):
-    count = int(np.prod(list(sizes.values())))
-    auto = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), auto, devices=jax.devices()[:count])
-
-
-def layout(mesh):
-    if "data" not in mesh.shape:
-        return NamedSharding(
-            mesh, P(None, "sequence", "tensor" if "tensor" in mesh.shape else None)
-        )
-    tensor = ("tensor",) if "tensor" in mesh.shape else None
-    return NamedSharding(mesh, P(("data",), ("sequence",), tensor, None))
 
 
 def one_head(q, k, v, dout, seen, softcap, dtype):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny import layout, mesh_of
 
 from efficient.errors import UserError
 from efficient.parallel.ulysses import Ulysses, key_heads, ulysses_attention
@@ -18,21 +19,6 @@ from pallas_kernels.attention import BlockPattern, Causal, Full, Heads, Window
 
 B, T, H = 2, 32, 8
 EPS = float(np.finfo(np.float32).eps)
-
-
-def mesh_of(**sizes):
-    count = int(np.prod(list(sizes.values())))
-    auto = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), auto, devices=jax.devices()[:count])
-
-
-def layout(mesh):
-    if "data" not in mesh.shape:
-        return NamedSharding(
-            mesh, P(None, "sequence", "tensor" if "tensor" in mesh.shape else None)
-        )
-    tensor = ("tensor",) if "tensor" in mesh.shape else None
-    return NamedSharding(mesh, P(("data",), ("sequence",), tensor, None))
 
 
 def softmax_attention(q, k, v, dout, seen, softcap=None, dtype=np.float64):
