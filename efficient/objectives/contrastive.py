@@ -116,7 +116,7 @@ def pair_loss(
 class Contrastive:
     """The symmetric contrastive loss of a `dual_encoder` over all pairs of the batch.
 
-    On a mesh the pairs of all devices are contrasted: embeddings are gathered, nothing else.
+    On a mesh the pairs of all devices are contrasted: embeddings and labels are gathered.
 
     Args:
       microbatches: the towers see batch_size / microbatches pairs at a time, 1 for all at once.
