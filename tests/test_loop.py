@@ -57,7 +57,7 @@ def interrupted(whole, folder, step: int):
 
 # At the end of a phase, in the next one, within the first; with loading processes.
 RESUMED = [
-    (4, 0),
+    pytest.param(4, 0, marks=pytest.mark.slow),
     (6, 0),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0), (3, 1))),
 ]

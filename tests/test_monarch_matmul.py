@@ -235,6 +235,7 @@ def test_kernel_numbers(name, monkeypatch):
     interpret(sizes, M, dtype, monkeypatch, straight)
 
 
+@pytest.mark.slow
 def test_x_is_read_and_y_written_once():
     """By the windows of the grid, where the weights, which the kernels copy themselves, are one."""
     case = next(c for c in cases.CASES if c.name == "4096 by 16")
