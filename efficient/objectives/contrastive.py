@@ -16,7 +16,9 @@ the activations of a microbatch only:
 which is what differentiating a loop of rematerialized microbatches does. The price is one more
 forward pass. Similarities [B, B] are not held either: they come a microbatch of rows at a time.
 
-Dropout and the like draw the same numbers both times, since randomness is an argument here.
+What is random is drawn by each microbatch for itself, the same when it is computed again. Auxiliary
+losses of the towers are means over microbatches, which for losses over many tokens (expert balance)
+are not those of the whole.
 """
 
 import dataclasses
@@ -120,8 +122,8 @@ class Contrastive:
 
     Args:
       microbatches: the towers see batch_size / microbatches pairs at a time, 1 for all at once.
-        It changes memory and time, no number but by rounding; `config.accumulate` would change
-        the loss, and is refused.
+        Where nothing is random it changes memory and time, and numbers by rounding alone;
+        `config.accumulate` would change the loss, and is refused.
     """
 
     microbatches: int = 1

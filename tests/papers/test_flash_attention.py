@@ -102,7 +102,7 @@ def test_block_sparse_work_is_that_of_live_blocks():
 
 
 TOKENS, HEADS = 8192, 8  # of a batch; heads of 128
-LENGTHS = (1024, 8192)
+LENGTHS = (1024, 2048, 4096, 8192)
 
 
 def _standard(q, k, v, *dout):
