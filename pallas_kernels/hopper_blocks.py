@@ -6,7 +6,7 @@ and once out. Blocks whose weights are too large for shared memory are cut into 
 each with thread blocks of its own, which read the same rows at about the same time, out of L2.
 
     to_features     x [M, N P], rows by rows        ->  z, features by features
-    from_features   z, features by features         ->  y [M, N Q]
+    to_rows         x, or z, features by features   ->  y [M, N Q]
 
 z is [D, M / 128, F, 128]: of one of D blocks, and of 128 rows, the features one after another, each
 of the 128 rows. There a permutation of features moves whole rows of 256 bytes, which TMA does while
@@ -91,7 +91,7 @@ def to_features(name, x, weights, D: int, at: Plan, machine: Machine):
         return weights.at[n, pl.ds(column, at.columns), pl.ds(step * DEPTH, DEPTH)]
 
     def stage(x, n, tile, step):
-        return x.at[pl.ds(tile * TALL, TALL), pl.ds(n * at.P + step * DEPTH, DEPTH)]
+        return _stage_of_rows(x, n, tile, step, at)
 
     def compute(scratch: Scratch, z, n, column, tile, step, group):
         (held,), (rows,) = scratch.weights.buffers, scratch.ring.buffers
@@ -120,31 +120,35 @@ def to_features(name, x, weights, D: int, at: Plan, machine: Machine):
     return _launch(name, x, weights, out, sizes, at, machine, panel, stage, compute)
 
 
-def from_features(name, z, weights, at: Plan, machine: Machine):
-    """y[128 t + m, n Q + q] = sum over p of z[n, t, p, m] weights[n, p, q].
+def to_rows(name, x, weights, at: Plan, machine: Machine):
+    """y[m, n Q + q] = sum over p of x[m, n P + p] weights[n, p, q].
 
     Args:
       name: of the kernel.
-      z: [N, M / 128, P, 128].
+      x: [M, N P], M in whole tiles; or features by features, [N, M / 128, P, 128].
       weights: [N, P, Q].
 
     Returns:
-      y [M, N Q] in z's dtype.
+      y [M, N Q] in x's dtype.
     """
-    out = jax.ShapeDtypeStruct((at.tiles * TALL, at.N * at.Q), z.dtype)
+    out = jax.ShapeDtypeStruct((at.tiles * TALL, at.N * at.Q), x.dtype)
+    by_features = x.ndim == 4
 
     def panel(weights, n, column, step):
         return weights.at[n, pl.ds(step * DEPTH, DEPTH), pl.ds(column, at.columns)]
 
-    def stage(z, n, tile, step):
-        return z.at[n, tile, pl.ds(step * DEPTH, DEPTH)]
+    def stage(x, n, tile, step):
+        if by_features:
+            return x.at[n, tile, pl.ds(step * DEPTH, DEPTH)]
+        return _stage_of_rows(x, n, tile, step, at)
 
     def compute(scratch: Scratch, y, n, column, tile, step, group):
         (held,), (rows,) = scratch.weights.buffers, scratch.ring.buffers
+        mine = pl.ds(group * ROWS, ROWS)
 
         def operands(stage, i):
-            a = rows.at[stage, :, pl.ds(group * ROWS, ROWS)]
-            return [Operand(a, True)], Operand(held.at[0, i])
+            a = rows.at[stage, :, mine] if by_features else rows.at[stage, mine]
+            return [Operand(a, by_features)], Operand(held.at[0, i])
 
         (total,) = machine.products(scratch.ring, step, at.steps, operands, at.columns)
         row = pl.ds(tile * TALL + group * ROWS, ROWS)
@@ -153,8 +157,14 @@ def from_features(name, z, weights, at: Plan, machine: Machine):
             first = n * at.Q + column + j * ROWS
             plgpu.copy_smem_to_gmem(own, y.at[row, pl.ds(first, ROWS)])
 
-    sizes = (DEPTH, at.columns), (DEPTH, TALL)
-    return _launch(name, z, weights, out, sizes, at, machine, panel, stage, compute)
+    of_rows = (DEPTH, TALL) if by_features else (TALL, DEPTH)
+    sizes = (DEPTH, at.columns), of_rows
+    return _launch(name, x, weights, out, sizes, at, machine, panel, stage, compute)
+
+
+def _stage_of_rows(x, n, tile, step, at: Plan):
+    """128 rows of 64 features of block n of x [M, N P]."""
+    return x.at[pl.ds(tile * TALL, TALL), pl.ds(n * at.P + step * DEPTH, DEPTH)]
 
 
 def _own(scratch: Scratch, group, values):

@@ -2,7 +2,7 @@
 
 The tests of numbers run on a Hopper GPU where JAX sees one, without tests/conftest.py, which wants
 CPUs: python -m pytest --noconftest -m "" -k numbers tests/test_attention_gpu.py \\
-tests/test_monarch_matmul_gpu.py tests/test_block_sparse_matmul_gpu.py
+tests/test_{monarch,block_sparse,block_diagonal,butterfly}_matmul_gpu.py
 """
 
 import os

@@ -426,7 +426,8 @@ def test_compiles():
 @pytest.mark.parametrize(("first", "target"), enumerate(["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]))
 def test_cases_compile(first, target):
     """Every second case for one of the chips; the laboratory compiles each for all of them."""
-    compile_cases(target, [case.name for case in cases.CASES[first::6]])
+    names = [case.name for case in cases.CASES if target[:3] in case.targets]
+    compile_cases(target, names[first::6])
 
 
 # ---- layout, wrong input
@@ -471,7 +472,7 @@ zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
         (bad(permute_inputs=Stride(5)), "permute_inputs must be a count that divides 12 features"),
         (bad(permute_outputs=shuffled(12)), "permute_outputs must be an order of 20 features"),
         (bad(activation="tanh"), "activation must be one of 'gelu', 'relu', 'silu', None"),
-        (bad(implementation="gpu"), "implementation must be one of None, 'reference'"),
+        (bad(implementation="cuda"), "implementation must be one of None, 'reference'"),
         (bad(sharding="data"), "sharding must be NamedSharding"),
     ],
 )

@@ -16,8 +16,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.butterfly_matmul import blockwise, butterfly_matmul, cases, tpu, tpu_plan
+from pallas_kernels.butterfly_matmul import (
+    as_monarch,
+    blockwise,
+    butterfly_matmul,
+    cases,
+    tpu,
+    tpu_plan,
+)
 from pallas_kernels.lab import traffic
+from pallas_kernels.monarch_matmul import monarch_matmul
 
 
 def make(stages, b=0, lead=(5,), dtype=jnp.float32, seed=0):
@@ -241,7 +249,8 @@ def interpreted(x, twiddle, dy, increasing):
         dma_execution_mode="on_wait",
     )  # fmt: skip
     full = twiddle if twiddle.ndim == 6 else twiddle[..., None, None]
-    assert tpu.unsupported(x, full, False) is None and tpu.unsupported(x, full, True) is None
+    for backward in (False, True):
+        assert tpu.unsupported(x, full, increasing, backward) is None
     how = increasing, jax.lax.Precision.HIGHEST, params
     y, (dx, gradient) = tpu.forward(x, full, *how), tpu.backward(x, full, dy, *how)
     assert not interpret_pallas_call.races.races_found
@@ -249,16 +258,16 @@ def interpreted(x, twiddle, dy, increasing):
 
 
 KERNELS = {
-    "lanes_alone": (7, 0, True, 128, jnp.float32),
-    "one_stage": (8, 0, True, 128, jnp.float32),
-    "one_visit": (9, 0, True, 130, jnp.float32),
-    "decreasing": (10, 0, False, 128, jnp.float32),
-    "two_visits": (10, 0, True, 300, jnp.bfloat16),
+    "numbers": (8, 0, True, 128, jnp.float32),
+    "numbers_bfloat16": (9, 0, True, 130, jnp.bfloat16),
+    "numbers_decreasing": (8, 0, False, 130, jnp.float32),
+    "numbers_decreasing_bfloat16": (9, 0, False, 128, jnp.bfloat16),
     "blocks_in_lanes": (4, 32, True, 128, jnp.float32),
     "blocks_in_lanes_decreasing": (4, 32, False, 128, jnp.bfloat16),
     "blocks": (2, 128, False, 128, jnp.bfloat16),
     "large_blocks": (1, 256, True, 128, jnp.float32),
 }
+FAST = ("blocks",)
 
 
 def check_kernel(name):
@@ -271,19 +280,22 @@ def check_kernel(name):
     )  # fmt: skip
 
 
-@pytest.mark.slow
-def test_kernels_of_scalars():
-    check_kernel("one_stage")
-
-
-def test_kernels_of_blocks():
-    check_kernel("blocks")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in KERNELS if n not in ("one_stage", "blocks")])
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in KERNELS]
+)
 def test_kernel_numbers(name):
     check_kernel(name)
+
+
+@pytest.mark.parametrize("increasing", [True, False])
+@pytest.mark.parametrize(("stages", "width"), [(4, 4), (5, 8), (7, 64)])
+def test_numbers_are_a_monarch_matrix(stages, width, increasing):
+    x, twiddle, dy = make(stages)
+    right, left = as_monarch.factors(twiddle, increasing, width)
+    assert right.shape == left.shape == (2**stages // width, width, width)
+    dense = monarch_matmul(jnp.eye(2**stages), right, left, precision="highest")
+    y, dx, _ = expected(x, twiddle, dy, increasing)
+    compare((x @ dense, dy @ dense.T) if increasing else (x @ dense.T, dy @ dense), (y, dx), 2e-6)
 
 
 SLOW = ("4096", "4096 decreasing", "128 blocks of 32", "32 blocks of 128")
@@ -295,7 +307,8 @@ SLOW = ("4096", "4096 decreasing", "128 blocks of 32", "32 blocks of 128")
 )
 def test_bytes_and_flops_are_those_of_the_formula(name):
     """The backward pass makes again the product within lanes where it is first, and all stages of
-    blocks but a last one behind which nothing is."""
+    blocks but a last one behind which nothing is. What is of numbers has Monarch's kernels, which
+    order the weights by products too."""
     case = next(c for c in cases.CASES if c.name == name)
     x, twiddle = case.args["forward"]
     full = jax.ShapeDtypeStruct((*twiddle.shape[:4], *(twiddle.shape[4:] or (1, 1))), x.dtype)
@@ -309,6 +322,10 @@ def test_bytes_and_flops_are_those_of_the_formula(name):
         args = case.args_of(role)
         (*_, row) = traffic(fn, *args)  # a backward pass is traced behind a forward one
         assert row.moved == pytest.approx(case.hbm_bytes_of(role, row.kernel), rel=0.05)
+        if b == 1:
+            name = "monarch" if increasing else "monarch_t"
+            assert row.kernel.startswith(f"{name}_{'fwd' if role == 'forward' else 'bwd'}")
+            continue
         if role == "forward":
             call = lambda x, t: tpu.forward(x, t, increasing, None)  # noqa: E731
             extra = 0
@@ -334,10 +351,10 @@ def all_equations(jaxpr):
 @pytest.mark.parametrize(
     ("stages", "b", "M", "dtype", "reason"),
     [
-        (6, 0, 128, jnp.float32, "64 features in blocks of 1, no power of two of at least 128"),
+        (7, 0, 128, jnp.float32, "128 features, not 256 to 16384"),
         (7, 3, 128, jnp.float32, "384 features in blocks of 3, no power of two"),
-        (7, 0, 127, jnp.float32, "127 rows, fewer than 128"),
-        (7, 0, 128, jnp.complex64, "dtype complex64"),
+        (8, 0, 127, jnp.float32, "127 rows, fewer than 128"),
+        (8, 0, 128, jnp.complex64, "dtype complex64"),
         (2, 1024, 128, jnp.float32, "MiB on chip"),
     ],
 )
@@ -351,17 +368,16 @@ def test_by_name_what_the_kernel_cannot_do_is_refused(stages, b, M, dtype, reaso
 
 
 def test_on_a_tpu_the_kernels_are_in_the_program_and_a_fallback_is_said(recwarn):
-    for stages, inside in ((7, 2), (6, 0)):
+    for stages, inside in ((8, 2), (7, 0)):
         x, twiddle, dy = make(stages, 0, (128,))
         program = jax.jit(run).trace(x, twiddle, dy)
         text = program.lower(lowering_platforms=("tpu",)).as_text()
         assert text.count("tpu_custom_call") == inside
     said = [str(w.message) for w in recwarn if "butterfly_matmul" in str(w.message)]
     assert said == [
-        "butterfly_matmul: not the tpu kernel but blockwise: 64 features in blocks of 1, no power "
-        "of two of at least 128"
+        "butterfly_matmul: not the tpu kernel but blockwise: 128 features, not 256 to 16384"
     ]
-    x, twiddle, _ = make(7, 0, (128,))
+    x, twiddle, _ = make(8, 0, (128,))
     with pytest.raises(ValueError, match="needs a TPU; accepted elsewhere: None"):
         butterfly_matmul(x, twiddle, implementation="tpu")
 
@@ -436,7 +452,7 @@ zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
         ),
         (bad(twiddle=zeros((3, 4, 2, 2, 2, 2)).astype("bfloat16")), "twiddle must be of x's dtype"),
         (bad(increasing=1), "increasing must be True or False, got 1"),
-        (bad(implementation="gpu"), "implementation must be one of None, 'reference'"),
+        (bad(implementation="cuda"), "implementation must be one of None, 'reference'"),
         (bad(sharding="data"), "sharding must be NamedSharding"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels import dispatch, mesh
-from pallas_kernels.block_diagonal_matmul import blockwise, tpu
+from pallas_kernels.block_diagonal_matmul import blockwise, gpu, tpu
 from pallas_kernels.block_diagonal_matmul.checks import check
 from pallas_kernels.block_diagonal_matmul.permutation import Permutation, Stride
 from pallas_kernels.block_diagonal_matmul.reference import reference
@@ -42,7 +42,8 @@ def block_diagonal_matmul(
 
     Permuted weights are copied by XLA on their way in, and their gradient on its way out. Other
     permutations, shapes that are no multiple of 128, and blocks too large for the chip are done by
-    XLA, which is said once.
+    XLA, which is said once. On a Hopper GPU kernels are had by name, until one has been measured: p
+    and q are multiples of 128 up to 512 or so, and permutations are passes over memory.
 
     Args:
       x: [..., K p], float32, bfloat16, float16 or float64.
@@ -56,7 +57,7 @@ def block_diagonal_matmul(
         None))`; each device then works on its rows with all the weights. Needed where the TPU
         kernel runs on a mesh whose axes are of type Auto.
       implementation: None, by the platform for which the program is lowered; or "reference",
-        "blockwise" (XLA operations; what CPUs and GPUs get), "tpu".
+        "blockwise" (XLA operations; what CPUs and GPUs get), "tpu", "gpu".
 
     Returns:
       y [..., K q] in x's dtype.
@@ -112,10 +113,15 @@ def _run(direction, implementation, how, *arrays):
     call = lambda module, *arrays, **more: getattr(module, direction)(*arrays, *how, **more)  # noqa: E731
     on_cpu = functools.partial(call, blockwise, platform="cpu")
     elsewhere = functools.partial(call, blockwise, platform="accelerator")
-    reason = tpu.unsupported(x, blocks, *how[:3], direction == "backward")
-    if dispatch.manual(arrays):
-        reason = "inside shard_map a kernel needs check_vma=False"
-    kernels = {"tpu": dispatch.Kernel("tpu", functools.partial(call, tpu), reason)}
+    modules = [("tpu", "tpu", tpu)]
+    if implementation == "gpu":
+        modules.append(("cuda", "gpu", gpu))
+    kernels = {}
+    for platform, name, module in modules:
+        reason = module.unsupported(x, blocks, *how[:3], direction == "backward")
+        if dispatch.manual(arrays):
+            reason = "inside shard_map a kernel needs check_vma=False"
+        kernels[platform] = dispatch.Kernel(name, functools.partial(call, module), reason)
     return dispatch.choose(
         "block_diagonal_matmul", implementation, arrays, on_cpu, elsewhere, kernels
     )

@@ -7,6 +7,7 @@ the platform's product takes it; any other is a gather.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_diagonal_matmul.permutation import Inverse, permuted
 from pallas_kernels.epilogue import finish
 
 
@@ -26,29 +27,21 @@ def backward(x, blocks, bias, dy, inputs, outputs, activation, precision, platfo
         _, pull = jax.vjp(lambda y: finish(y, None, activation), y)
         dy = pull(dy.astype(wide))[0].astype(dy.dtype)
     dbias = None if bias is None else jnp.sum(dy, 0, dtype=wide)
-    dy = _split(dy, outputs and _Inverse(outputs), K)
+    dy = _split(dy, outputs and Inverse(outputs), K)
     dblocks = _product(split, dy, 1, 1, precision, platform)
     dx = _product(dy, blocks, 2, 2, precision, platform).astype(x.dtype)
-    return _join(dx, inputs and _Inverse(inputs)), dblocks, dbias
-
-
-class _Inverse:
-    """A permutation the other way."""
-
-    def __init__(self, permutation):
-        self.permute, self.restore = permutation.restore, permutation.permute
+    return _join(dx, inputs and Inverse(inputs)), dblocks, dbias
 
 
 def _split(x, permutation, K):
     """[K, M, p] of x [M, K p]."""
-    x = x if permutation is None else permutation.permute(x)
+    x = permuted(x, permutation)
     return x.reshape(x.shape[0], K, -1).swapaxes(0, 1)
 
 
 def _join(y, permutation):
     """[M, K q] of y [K, M, q]."""
-    y = y.swapaxes(0, 1).reshape(y.shape[1], -1)
-    return y if permutation is None else permutation.permute(y)
+    return permuted(y.swapaxes(0, 1).reshape(y.shape[1], -1), permutation)
 
 
 def _linear(x, blocks, precision, platform):

@@ -3,7 +3,7 @@
 from pallas_kernels.block_diagonal_matmul.permutation import Permutation, Stride
 from pallas_kernels.epilogue import ACTIVATIONS
 
-IMPLEMENTATIONS = (None, "reference", "blockwise", "tpu")
+IMPLEMENTATIONS = (None, "reference", "blockwise", "tpu", "gpu")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

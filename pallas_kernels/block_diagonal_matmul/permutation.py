@@ -81,3 +81,15 @@ class Permutation:
     def restore(self, x: jax.Array) -> jax.Array:
         """The inverse of `permute`."""
         return jnp.take(x, np.argsort(self.order(x.shape[-1])), axis=-1, unique_indices=True)
+
+
+class Inverse:
+    """A permutation the other way."""
+
+    def __init__(self, permutation: Stride | Permutation):
+        self.permute, self.restore = permutation.restore, permutation.permute
+
+
+def permuted(x: jax.Array, permutation: Stride | Permutation | Inverse | None) -> jax.Array:
+    """x [..., F] permuted along its last axis; x itself where there is no permutation."""
+    return x if permutation is None else permutation.permute(x)

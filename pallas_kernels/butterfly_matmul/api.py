@@ -5,7 +5,7 @@ import functools
 import jax
 
 from pallas_kernels import dispatch, mesh
-from pallas_kernels.butterfly_matmul import blockwise, tpu
+from pallas_kernels.butterfly_matmul import blockwise, gpu, tpu
 from pallas_kernels.butterfly_matmul.checks import check
 from pallas_kernels.butterfly_matmul.reference import reference
 
@@ -37,10 +37,10 @@ def butterfly_matmul(
     features, on a TPU of 128, the lanes of a register, and then rounded to x's dtype: fewer and
     larger products of matrices.
 
-    On a TPU it is one kernel each way: x is read and y written once. Factors at strides of whole
-    registers of lanes are sums of registers in float32, in the block form products of blocks. It
-    takes real x with n b and, in the block form, b or 128 / b a power of two in multiples of 128
-    lanes; other shapes are done by XLA, said once.
+    On a TPU it is one kernel each way: x is read and y written once. Factors of numbers are the two
+    of a Monarch matrix, rounded to x's dtype each, for n of 256 to 16,384; the block form takes b
+    or 128 / b a power of two in multiples of 128 lanes. On a Hopper GPU factors of numbers are
+    those of a Monarch matrix too, by its kernels. Other shapes are done by XLA, said once.
 
     Args:
       x: [..., n b], float32, bfloat16, float16, float64, complex64 or complex128; n a power of two.
@@ -52,7 +52,7 @@ def butterfly_matmul(
         None))`; each device then works on its rows with all the factors. Needed where the TPU
         kernel runs on a mesh whose axes are of type Auto.
       implementation: None, by the platform for which the program is lowered; or "reference" (a
-        factor at a time), "blockwise" (XLA operations; what CPUs and GPUs get), "tpu".
+        factor at a time), "blockwise" (XLA operations), "tpu", "gpu".
 
     Returns:
       y [..., n b] in x's dtype.
@@ -98,8 +98,10 @@ def _run(direction, implementation, how, *arrays):
     call = lambda module, *arrays, **more: getattr(module, direction)(*arrays, *how, **more)  # noqa: E731
     on_cpu = functools.partial(call, blockwise, platform="cpu")
     elsewhere = functools.partial(call, blockwise, platform="accelerator")
-    reason = tpu.unsupported(*arrays[:2], direction == "backward")
-    if dispatch.manual(arrays):
-        reason = "inside shard_map a kernel needs check_vma=False"
-    kernels = {"tpu": dispatch.Kernel("tpu", functools.partial(call, tpu), reason)}
+    kernels = {}
+    for platform, name, module in (("tpu", "tpu", tpu), ("cuda", "gpu", gpu)):
+        reason = module.unsupported(*arrays[:2], how[0], direction == "backward")
+        if dispatch.manual(arrays):
+            reason = "inside shard_map a kernel needs check_vma=False"
+        kernels[platform] = dispatch.Kernel(name, functools.partial(call, module), reason)
     return dispatch.choose("butterfly_matmul", implementation, arrays, on_cpu, elsewhere, kernels)

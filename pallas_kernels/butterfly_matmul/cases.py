@@ -10,22 +10,21 @@ from pallas_kernels.lab import Case
 
 
 def case(n: int, b: int = 1, increasing: bool = True, M: int = 8192) -> Case:
-    """bfloat16, n blocks of b. With N = n b features and w entries of the kernel's matrices, those
-    of the stages within 128 lanes, 128 N, and of each other stage of blocks, 2 N max(b, 128),
+    """bfloat16, n blocks of b. With N = n b features and w entries of the kernel's matrices, 256 N
+    of factors of numbers, and else 128 N of the stages within 128 lanes and 2 N max(b, 128) of each
+    other stage,
 
-    FLOPs 2 M w forward and 4 M w backward, beside sums of registers and what the backward pass
-    makes again; bytes 4 M N + 2 w + c forward, c = 8 N a scalar stage, whose coefficients are
-    float32. Backward 6 M N + 10 w + 17 c: each half of the rows has gradients of its own, in
-    float32, those of coefficients by sublane.
+    FLOPs 2 M w forward and 4 M w backward, beside what the backward pass makes again; bytes
+    4 M N + 2 w forward, 6 M N + 10 w backward: each half of the rows has gradients of its own, in
+    float32.
     """
     N, stages = n * b, n.bit_length() - 1
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     x = of((M, N))
     twiddle = of((stages, n // 2, 2, 2, b, b) if b > 1 else (stages, n // 2, 2, 2))
     lanes = max(0, (128 // b).bit_length() - 1)
-    outer = stages - lanes
-    weights = (128 * N if lanes else 0) + (2 * N * max(b, 128) * outer if b > 1 else 0)
-    scalars = 8 * N * outer if b == 1 else 0
+    weights = (128 * N if lanes else 0) + 2 * N * max(b, 128) * (stages - lanes)
+    weights = 256 * N if b == 1 else weights
 
     def forward(x, twiddle):
         return butterfly_matmul(x, twiddle, increasing=increasing)
@@ -40,8 +39,8 @@ def case(n: int, b: int = 1, increasing: bool = True, M: int = 8192) -> Case:
         args={"forward": (x, twiddle), "backward": (x, twiddle, x)},
         flops={"_fwd": 2.0 * M * weights, "_bwd": 4.0 * M * weights},
         hbm_bytes={
-            "_fwd": 4.0 * M * N + 2 * weights + scalars,
-            "_bwd": 6.0 * M * N + 10 * weights + 17 * scalars,
+            "_fwd": 4.0 * M * N + 2 * weights,
+            "_bwd": 6.0 * M * N + 10 * weights,
         },
     )
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = (None, "reference", "blockwise", "tpu")
+IMPLEMENTATIONS = (None, "reference", "blockwise", "tpu", "gpu")
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "complex64", "complex128")
 
 

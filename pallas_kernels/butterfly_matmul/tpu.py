@@ -1,20 +1,12 @@
 """`butterfly_matmul` on a TPU: all factors in one visit of a tile of rows.
 
-Stages at strides below 128, which would move lanes, are one product by matrices of 128 x 128, made
-of the factors outside. The others join whole tiles of lanes: for scalars each is a sum of two
-registers, by coefficients a lane, two stages a visit of registers; for blocks of b features a
-product by [2 B, 2 B], B = max(b, 128), of two tiles side by side.
+Factors of numbers are a Monarch matrix (`as_monarch`). Of factors of blocks, stages at strides
+below 128 features, which would move lanes, are one product by matrices of 128 x 128, made of the
+factors outside; each other stage is products by [2 B, 2 B], B = max(b, 128), of two tiles side by
+side.
 
 The backward kernel reads x and dy once: it makes what each stage started from again, then walks
 back through the stages; gradients of weights are added up on chip in float32.
-
-Static schedule (libtpu 0.0.52, bfloat16, M 8192, 4096 scalars), microseconds / those of HBM:
-
-                    v5e         v5p         v6e
-    forward      127 / 165    55 / 49    103 / 83
-    backward     470 / 256   200 / 76    339 / 128
-
-The vector units bound it: 3 operations a register and stage forward, 8.4 in the loop back.
 """
 
 import functools
@@ -24,18 +16,24 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.butterfly_matmul import tpu_kernels, tpu_plan, tpu_weights
-from pallas_kernels.butterfly_matmul.tpu_plan import Plan
+from pallas_kernels.butterfly_matmul import as_monarch, tpu_kernels, tpu_plan, tpu_weights
+from pallas_kernels.butterfly_matmul.tpu_plan import LANES, Plan
+from pallas_kernels.monarch_matmul import tpu as monarch
 
 
-def unsupported(x, twiddle, backward) -> str | None:
+def unsupported(x, twiddle, increasing, backward) -> str | None:
     """Why the kernels cannot do this; None where they can."""
-    found = tpu_plan.plan(x, twiddle, True, backward)
+    if twiddle.shape[-1] == 1:
+        return as_monarch.unsupported(monarch, x, twiddle, increasing, LANES, backward)
+    found = tpu_plan.plan(x, twiddle, increasing, backward)
     return found if isinstance(found, str) else None
 
 
 def forward(x, twiddle, increasing, precision, interpret=False):
     """y [M, N] of x [M, N]."""
+    if twiddle.shape[-1] == 1:
+        how = precision, LANES
+        return as_monarch.forward(monarch, x, twiddle, increasing, *how, interpret=interpret)
     plan = tpu_plan.plan(x, twiddle, increasing, False)
     arrays = {"x": x, **_rounded(tpu_weights.prepared(twiddle, plan), x.dtype)}
     shapes = {"y": jax.ShapeDtypeStruct(x.shape, x.dtype)}
@@ -45,6 +43,9 @@ def forward(x, twiddle, increasing, precision, interpret=False):
 
 def backward(x, twiddle, dy, increasing, precision, interpret=False):
     """dx in x's dtype and the gradient of twiddle."""
+    if twiddle.shape[-1] == 1:
+        how = precision, LANES
+        return as_monarch.backward(monarch, x, twiddle, dy, increasing, *how, interpret=interpret)
     plan = tpu_plan.plan(x, twiddle, increasing, True)
     M, missing = plan.M, -plan.M % plan.rows  # rows that are none would enter the sums
     if missing:
@@ -54,24 +55,19 @@ def backward(x, twiddle, dy, increasing, precision, interpret=False):
     arrays = {"x": x, "dy": dy, **_rounded(weights, x.dtype)}
     shapes = {"dx": jax.ShapeDtypeStruct(x.shape, x.dtype)}
     for name, w in weights.items():
-        shape = (2, 8, plan.N) if name == "coefficients" else w.shape[1:]
-        shapes[f"d{name}"] = jax.ShapeDtypeStruct((plan.shares, len(w), *shape), jnp.float32)
+        shapes[f"d{name}"] = jax.ShapeDtypeStruct((plan.shares, *w.shape), jnp.float32)
     body = functools.partial(tpu_kernels.backward, plan=plan, precision=precision)
     found = _call(body, arrays, shapes, plan, interpret, "butterfly_bwd")
-    sums = {name: found[f"d{name}"].sum(0) for name in weights}
-    if "coefficients" in sums:  # by sublane
-        sums["coefficients"] = sums["coefficients"].sum(2)
-    return found["dx"][:M], pull(sums)[0]
+    return found["dx"][:M], pull({name: found[f"d{name}"].sum(0) for name in weights})[0]
 
 
 def _rounded(weights, dtype):
-    return {n: w if n == "coefficients" else w.astype(dtype) for n, w in weights.items()}
+    return {name: w.astype(dtype) for name, w in weights.items()}
 
 
 def _call(body, arrays, shapes, plan: Plan, interpret, name):
     """Results by name of a kernel that is given its references by name."""
-    held = jnp.float32 if plan.scalar else arrays["x"].dtype
-    scratch = {}
+    held, scratch = arrays["x"].dtype, {}
     if plan.saved:
         scratch["saved"] = pltpu.VMEM((plan.saved, plan.rows, plan.N), held)
     if plan.turns and plan.backward:

@@ -8,12 +8,10 @@ VMEM_BYTES = 60 * 2**20
 ROWS = (512, 256, 128)
 # FLOPs of a step's products, which are straight code, where it can be so short.
 STEP_FLOPS = 2**31
-# Stages at strides of whole registers that are made in one visit of registers.
-RADIX = 2
 
 
 class Plan(NamedTuple):
-    """Static facts of a call: x [M, N], factors of N / b blocks of b features.
+    """Static facts of a call: x [M, N], factors of N / b blocks of b features, b above 1.
 
     rows: of a step.
     """
@@ -44,29 +42,13 @@ class Plan(NamedTuple):
         return [(i, 2 ** (count - 1 - i)) for i in range(count)]
 
     @property
-    def visits(self) -> list[list[int]]:
-        """Places in `outer` of the stages that are done in one turn."""
-        count, each = len(self.outer), RADIX if self.scalar else 1
-        return [list(range(i, min(i + each, count))) for i in range(0, count, each)]
-
-    @property
     def turns(self) -> int:
-        return len(self.visits)
+        return len(self.outer)
 
-    def numbers(self, turn: int) -> list[int]:
-        """Places in `outer` of the turn's stages."""
-        return self.visits[turn]
-
-    def strides(self, turn: int) -> list[int]:
-        """In tiles, of the turn's stages."""
-        return [self.outer[i][1] for i in self.visits[turn]]
-
-    def joined(self, turn: int) -> list[list[int]]:
-        """The tiles that the turn joins with each other, each list by distance from its first."""
-        strides = self.strides(turn)
-        step, count = min(strides), 2 ** len(strides)
-        firsts = (t for t in range(self.tiles) if t // step % count == 0)
-        return [[first + i * step for i in range(count)] for first in firsts]
+    def joined(self, turn: int) -> list[tuple[int, int]]:
+        """The pairs of tiles that the turn's stage joins."""
+        step = self.outer[turn][1]
+        return [(t, t + step) for t in range(self.tiles) if t // step % 2 == 0]
 
     @property
     def lanes_first(self) -> bool:
@@ -85,11 +67,6 @@ class Plan(NamedTuple):
         return self.N // self.tile
 
     @property
-    def scalar(self) -> bool:
-        """Whether outer stages are sums of registers, not products of blocks."""
-        return self.b == 1
-
-    @property
     def steps(self) -> int:
         return -(-self.M // self.rows)
 
@@ -102,7 +79,7 @@ class Plan(NamedTuple):
     def weights(self) -> int:
         """Elements of the matrices."""
         lanes = self.N * LANES if self.lane_stages else 0
-        return lanes + (0 if self.scalar else len(self.outer) * self.N * 2 * self.tile)
+        return lanes + len(self.outer) * self.N * 2 * self.tile
 
     @property
     def flops(self) -> int:
@@ -125,16 +102,9 @@ class Plan(NamedTuple):
     @property
     def vmem(self) -> int:
         """Bytes of the windows of rows, twice, scratch and weights."""
-        row = self.rows * self.N
-        held = (
-            row * (4 if self.scalar else self.itemsize) * (self.saved + (1 if self.backward else 0))
-        )
-        windows = 2 * row * self.itemsize * (3 if self.backward else 2)
+        arrays = self.saved + self.backward + 2 * (3 if self.backward else 2)
         sums = 4 * self.weights * self.backward
-        coefficients = 0
-        if self.scalar:
-            coefficients = 4 * len(self.outer) * 2 * self.N * (1 + 8 * self.backward)
-        return held + windows + self.itemsize * self.weights + sums + coefficients
+        return self.itemsize * (self.rows * self.N * arrays + self.weights) + sums
 
 
 def plan(x, twiddle, increasing, backward) -> Plan | str:

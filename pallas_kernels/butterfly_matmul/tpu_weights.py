@@ -10,7 +10,6 @@ def prepared(twiddle, plan: Plan) -> dict:
     """The weights by name, in float32.
 
     lanes: [N / 128, 128, 128], the stages within a tile of lanes multiplied together.
-    coefficients: [outer, 2, N] of scalar stages: of a feature itself, and of its partner.
     pairs: [outer, tiles / 2, 2 B, 2 B] of others; pair d s + t joins tiles 2 d s + t and s further.
     """
     found = {}
@@ -19,26 +18,17 @@ def prepared(twiddle, plan: Plan) -> dict:
         lanes = compose(twiddle, first, plan.lane_stages, plan.increasing)
         found["lanes"] = lanes.reshape(plan.N // LANES, LANES, LANES)
     if plan.outer:
-        name, stage = ("coefficients", _scalars) if plan.scalar else ("pairs", _pairs)
-        outer = [stage(twiddle[number].astype(jnp.float32), s, plan) for number, s in plan.outer]
-        found[name] = jnp.stack(outer)
+        outer = [_pairs(twiddle[number].astype(jnp.float32), plan) for number, _ in plan.outer]
+        found["pairs"] = jnp.stack(outer)
     return found
 
 
-def _scalars(factor, stride, plan: Plan):
-    """[2, N] of a factor [N / 2, 2, 2, 1, 1]."""
-    factor = factor.reshape(-1, stride * LANES, 2, 2)
-    own = jnp.stack([factor[:, :, i, i] for i in (0, 1)], 1)  # [pairs / s, 2, s]
-    other = jnp.stack([factor[:, :, i, 1 - i] for i in (0, 1)], 1)
-    return jnp.stack([own.reshape(plan.N), other.reshape(plan.N)])
-
-
-def _pairs(factor, stride, plan: Plan):
+def _pairs(factor, plan: Plan):
     """[tiles / 2, 2 B, 2 B] of a factor [n / 2, 2, 2, b, b]; rows are inputs.
 
     Where B / b blocks are in a tile, each is joined with that in its place in the other tile.
     """
-    del stride  # pairs of blocks are in the order of pairs of tiles, then of their place in them
+    # Pairs of blocks are in the order of pairs of tiles, then of their place in them.
     each = plan.tile // plan.b
     factor = factor.reshape(-1, each, 2, 2, plan.b, plan.b)
     apart = jnp.eye(each).reshape(each, 1, each, 1)  # u l v k, no product of matrices

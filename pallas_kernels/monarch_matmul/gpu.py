@@ -19,8 +19,6 @@ rows copied to a cluster of four took 112 us where four thread blocks that read 
 58 (n 4096, 8 blocks). Weights of blocks larger than 512 do not fit on chip.
 """
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,7 +28,7 @@ from pallas_kernels.hopper import Machine
 from pallas_kernels.hopper_blocks import TALL
 
 
-def unsupported(x, right, left, backward):
+def unsupported(x, right, left, backward, transposed=False):
     """Why the kernels cannot do this; None where they can."""
     if (reason := hopper.unsupported(x.dtype)) is not None:
         return reason
@@ -47,37 +45,86 @@ def unsupported(x, right, left, backward):
     for (rows, columns), plan in zip(((p, q), (r, s), (s, r), (q, p)), plans, strict=True):
         if plan is None:
             return f"a block of {rows} x {columns} is too large for shared memory"
-        if not backward and (rows, columns) == (r, s):
+        if not backward and not transposed and (rows, columns) == (r, s):
             return None
     return None
 
 
 def forward(x, right, left, bias, activation, precision, machine=Machine()):
     """y [..., L s] in x's dtype. Products of bfloat16 and float16 are exact at any precision."""
-    L, _, s = left.shape
-    of_z, of_y, _, _ = _plans(x, right, left, machine)
-    z = hopper_blocks.to_features("monarch_z", _rows(x), _first(right, L), L, of_z, machine)
-    y = hopper_blocks.from_features("monarch_y", z, left, of_y, machine)
-    y = y.reshape(-1, L, s).swapaxes(1, 2).reshape(-1, s * L)
-    y = y[: x.size // x.shape[-1]].reshape(*x.shape[:-1], s * L)
+    of = _Products(x, right, left, machine)
+    y = of.joined(of.y(of.z(_rows(x))))
+    y = y[: x.size // x.shape[-1]].reshape(*x.shape[:-1], y.shape[1])
     return finish(y.astype(jnp.float32), bias, activation).astype(x.dtype)
 
 
-def backward(x, right, left, dy, precision, machine=Machine()):
+def backward(x, right, left, dy, precision, machine=Machine(), transposed=False):
     """dx in x's dtype, dright and dleft in float32."""
-    (K, p, q), (L, r, s) = right.shape, left.shape
-    c = q // L
-    of_z, _, of_dz, of_dx = _plans(x, right, left, machine)
-    rows, dy = _rows(x), _rows(dy)
-    dy = dy.reshape(-1, s, L).swapaxes(1, 2).reshape(-1, L * s)
-    z = hopper_blocks.to_features("monarch_z", rows, _first(right, L), L, of_z, machine)
-    dz = hopper_blocks.to_features("monarch_dz", dy, left, K, of_dz, machine)
-    dx = hopper_blocks.from_features("monarch_dx", dz, _first(right, L), of_dx, machine)
-    gradients = functools.partial(hopper_weights.gradients, machine=machine)
-    dleft = gradients("monarch_dleft", z, dy, _starts(L, r, s), r, s)
-    dright = gradients("monarch_dright", rows, dz, _starts(K, p, q), p, q)
-    dright = dright.reshape(K, p, L, c).swapaxes(2, 3).reshape(K, p, q)
-    return dx[: x.size // x.shape[-1]].reshape(x.shape), dright, dleft
+    of, rows, dy = _Products(x, right, left, machine), _rows(x), _rows(dy)
+    if transposed:  # M is applied to dy, and its factors' gradients are those at dy for x
+        rows, dy = dy, rows
+    dy = of.separate(dy)
+    z, dz = of.z(rows), of.dz(dy)
+    dx = of.joined(of.y(z)) if transposed else of.dx(dz)
+    return dx[: x.size // x.shape[-1]].reshape(x.shape), of.dright(rows, dz), of.dleft(z, dy)
+
+
+def transposed(x, right, left, precision, machine=Machine()):
+    """x [..., L s] times the transposed matrix, [..., K p]; `backward` is its derivative too."""
+    of = _Products(x, right, left, machine)
+    y = of.dx(of.dz(of.separate(_rows(x))))
+    return y[: x.size // x.shape[-1]].reshape(*x.shape[:-1], y.shape[1])
+
+
+class _Products:
+    """The kernels and passes on rows in whole tiles; z and dz are features by features."""
+
+    def __init__(self, x, right, left, machine):
+        self.right, self.left, self.machine = right, left, machine
+        self.plans = _plans(x, right, left, machine)
+
+    @property
+    def first(self):
+        """right as [K, q, p], its features by the block of left to which they go."""
+        (K, p, q), L = self.right.shape, len(self.left)
+        return self.right.reshape(K, p, q // L, L).transpose(0, 3, 2, 1).reshape(K, q, p)
+
+    def separate(self, y):
+        """[M, L s] of y [M, s L]: blocks that interleave one behind the other."""
+        L, _, s = self.left.shape
+        return y.reshape(-1, s, L).swapaxes(1, 2).reshape(y.shape)
+
+    def joined(self, y):
+        """The inverse of `separate`."""
+        L, _, s = self.left.shape
+        return y.reshape(-1, L, s).swapaxes(1, 2).reshape(y.shape)
+
+    def z(self, x):
+        L, at = len(self.left), self.plans[0]
+        return hopper_blocks.to_features("monarch_z", x, self.first, L, at, self.machine)
+
+    def y(self, z):
+        return hopper_blocks.to_rows("monarch_y", z, self.left, self.plans[1], self.machine)
+
+    def dz(self, dy):
+        K, at = len(self.right), self.plans[2]
+        return hopper_blocks.to_features("monarch_dz", dy, self.left, K, at, self.machine)
+
+    def dx(self, dz):
+        return hopper_blocks.to_rows("monarch_dx", dz, self.first, self.plans[3], self.machine)
+
+    def dleft(self, z, dy):
+        return self._gradients("monarch_dleft", z, dy, *self.left.shape)
+
+    def dright(self, x, dz):
+        (K, p, q), L = self.right.shape, len(self.left)
+        found = self._gradients("monarch_dright", x, dz, K, p, q)
+        return found.reshape(K, p, L, q // L).swapaxes(2, 3).reshape(K, p, q)
+
+    def _gradients(self, name, a, b, n, P, Q):
+        """Block i of n begins at column i P of a and i Q of b."""
+        starts = np.arange(n)[:, None] * np.array([P, Q])
+        return hopper_weights.gradients(name, a, b, starts, P, Q, machine=self.machine)
 
 
 def _plans(x, right, left, machine):
@@ -88,19 +135,8 @@ def _plans(x, right, left, machine):
     return tuple(hopper_blocks.plan(M, *size, machine.cores) for size in sizes)
 
 
-def _first(right, L: int):
-    """right as [K, q, p], its features by the block of left to which they go."""
-    K, p, q = right.shape
-    return right.reshape(K, p, q // L, L).transpose(0, 3, 2, 1).reshape(K, q, p)
-
-
 def _rows(x):
     """[M, I], M in whole tiles."""
     flat = x.reshape(-1, x.shape[-1])
     more = -flat.shape[0] % TALL
     return jnp.pad(flat, ((0, more), (0, 0))) if more else flat
-
-
-def _starts(n: int, P: int, Q: int) -> np.ndarray:
-    """Where block i of n begins in the columns of both sides."""
-    return np.arange(n)[:, None] * np.array([P, Q])

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.interleave import LANES
-from pallas_kernels.monarch_matmul import tpu_backward, tpu_forward, tpu_plan
+from pallas_kernels.monarch_matmul import tpu_backward, tpu_forward, tpu_plan, tpu_transposed
 
 
-def unsupported(x, right, left, backward):
+def unsupported(x, right, left, backward, transposed=False):
     """Why the kernels cannot do this; None where they can."""
-    plan = tpu_plan.plan(rows(x), right, left, x.dtype.itemsize, backward)
+    plan = tpu_plan.plan(rows(x), right, left, x.dtype.itemsize, backward, transposed)
     return tpu_plan.unsupported(plan, x.dtype.name)
 
 
@@ -28,17 +28,25 @@ def forward(x, right, left, bias, activation, precision, interpret=False):
     return y.reshape(*x.shape[:-1], plan.outputs)
 
 
-def backward(x, right, left, dy, precision, interpret=False):
+def backward(x, right, left, dy, precision, interpret=False, transposed=False):
     """dx in x's dtype, dright and dleft in float32."""
-    M = rows(x)
-    plan = tpu_plan.plan(M, right, left, x.dtype.itemsize, True)
-    flat, dy = x.reshape(M, plan.inputs), dy.reshape(M, plan.outputs)
+    M, kernel = rows(x), tpu_transposed if transposed else tpu_backward
+    plan = tpu_plan.plan(M, right, left, x.dtype.itemsize, True, transposed)
+    flat, dy = (a.reshape(M, a.shape[-1]) for a in (x, dy))
     missing = -M % plan.rows  # rows of the last step that are none would enter the sums
     if missing:
         flat, dy = (jnp.pad(a, ((0, missing), (0, 0))) for a in (flat, dy))
         plan = plan._replace(M=M + missing)
-    dx, dright, dleft = tpu_backward.backward(flat, right, left, dy, plan, precision, interpret)
+    dx, dright, dleft = kernel.backward(flat, right, left, dy, plan, precision, interpret)
     return dx[:M].reshape(x.shape), dright.sum(0), dleft.sum(0)
+
+
+def transposed(x, right, left, precision, interpret=False):
+    """x [..., L s] times the transposed matrix, [..., K p]; `backward` is its derivative too."""
+    plan = tpu_plan.plan(rows(x), right, left, x.dtype.itemsize, False, True)
+    flat = x.reshape(plan.M, plan.outputs)
+    y = tpu_transposed.forward(flat, right, left, plan, precision, interpret)
+    return y.reshape(*x.shape[:-1], plan.inputs)
 
 
 def _bias_in_order(bias, plan):

@@ -13,13 +13,9 @@ On v5e a bfloat16 tile in memory is 8 x 128, half a register, so that a cast to 
 goes through memory; kept as words it is free.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.epilogue import finish
 from pallas_kernels.interleave import (
@@ -32,8 +28,8 @@ from pallas_kernels.interleave import (
     tile,
     unpack,
 )
-from pallas_kernels.monarch_matmul import tpu_weights
-from pallas_kernels.monarch_matmul.tpu_plan import VMEM_LIMIT, Plan
+from pallas_kernels.monarch_matmul.tpu_call import call
+from pallas_kernels.monarch_matmul.tpu_plan import Plan
 
 # Of a turn of a loop of products: 4,096 bundles on a v5e.
 TURN_FLOPS = 2**29
@@ -41,66 +37,26 @@ TURN_FLOPS = 2**29
 
 def forward(x, right, left, bias, plan: Plan, activation, precision, interpret=False):
     """y [M, L s] of x [M, K p]; bias [L, s] in the order of `spread`, or None."""
-    rows = lambda core, step: (core * (plan.steps // plan.cores) + step, 0)  # noqa: E731
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    specs = [pl.BlockSpec((plan.rows, plan.inputs), rows), hbm, hbm]
-    arrays = [x, right, left]
+
+    def body(refs, state):
+        y = refs["y"]
+        first_product(refs["x"], state, plan, precision)
+        exchange_all(state["z"], plan)
+
+        def store(block, column, product):
+            if bias is not None:
+                columns = pl.ds(column, product.shape[1])
+                product += refs["bias"][block, :, columns].astype(product.dtype)
+            put(state["y"], block * plan.s + column, finish(product, None, activation), y.dtype)
+
+        second_product(state, plan, precision, store)
+        spread_all(state["y"], y, plan)
+
+    arrays = {"x": x, "right": right, "left": left}
     if bias is not None:
-        specs.append(pl.BlockSpec((plan.L, 1, plan.s), lambda core, step: (0, 0, 0)))
-        arrays.append(bias[:, None, :])
-    words = jnp.int32 if plan.packed > 1 else jnp.float32
-    state = tpu_weights.scratch(plan, x.dtype)
-    state["z"] = pltpu.VMEM((plan.words, plan.inner), words)
-    state["y"] = pltpu.VMEM((plan.words, plan.outputs), words)
-    return pl.pallas_call(
-        functools.partial(_kernel, plan=plan, activation=activation, precision=precision),
-        grid=(plan.cores, plan.steps // plan.cores),
-        in_specs=specs,
-        out_specs=pl.BlockSpec((plan.rows, plan.outputs), rows),
-        out_shape=jax.ShapeDtypeStruct((plan.M, plan.outputs), x.dtype),
-        scratch_shapes=[state],
-        compiler_params=compiler_params(),
-        cost_estimate=cost(plan),
-        interpret=interpret,
-        name="monarch_fwd",
-    )(*arrays)
-
-
-def compiler_params():
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-    )
-
-
-def cost(plan: Plan, times: int = 1) -> pl.CostEstimate:
-    """For XLA's scheduler."""
-    arrays = plan.M * (plan.inputs + plan.outputs) + plan.cores * plan.weights
-    return pl.CostEstimate(
-        flops=times * plan.flops,
-        transcendentals=0,
-        bytes_accessed=times * plan.itemsize * arrays,
-    )
-
-
-def _kernel(x, right, left, *rest, plan: Plan, activation, precision):
-    *bias, y, state = rest
-    pl.when(pl.program_id(1) == 0)(lambda: tpu_weights.load(right, left, state, plan))
-    first_product(x, state, plan, precision)
-    exchange_all(state["z"], plan)
-
-    def store(block, column, product):
-        if bias:
-            product += bias[0][block, :, pl.ds(column, product.shape[1])].astype(product.dtype)
-        put(state["y"], block * plan.s + column, finish(product, None, activation), y.dtype)
-
-    second_product(state, plan, precision, store)
-    for group in range(plan.s // LANES):
-        for row in range(0, plan.words, WORDS):
-            words = pl.ds(row, WORDS)
-            tiles = [state["y"][words, tile(i * plan.s // LANES + group)] for i in range(plan.L)]
-            for i, spreaded in enumerate(spread(tiles)):
-                rows = pl.ds(row * plan.packed, WORDS * plan.packed)
-                y[rows, tile(group * plan.L + i)] = unpack(spreaded, y.dtype)
+        arrays["bias"] = bias
+    words = {"z": plan.inner, "y": plan.outputs}
+    return call(body, "monarch_fwd", arrays, ("y", plan.outputs), words, plan, interpret)["y"]
 
 
 def first_product(x, state, plan: Plan, precision):
@@ -132,6 +88,17 @@ def exchange_all(words, plan: Plan):
             at = [(pl.ds(row, WORDS), tile(group * plan.L + i)) for i in range(plan.L)]
             for place, exchanged in zip(at, exchange([words[i] for i in at]), strict=True):
                 words[place] = exchanged
+
+
+def spread_all(words, y, plan: Plan):
+    """The blocks of left's outputs, one behind the other in `words`, into `y` in their order."""
+    for group in range(plan.s // LANES):
+        for row in range(0, plan.words, WORDS):
+            at = pl.ds(row, WORDS)
+            tiles = [words[at, tile(i * plan.s // LANES + group)] for i in range(plan.L)]
+            for i, spreaded in enumerate(spread(tiles)):
+                rows = pl.ds(row * plan.packed, WORDS * plan.packed)
+                y[rows, tile(group * plan.L + i)] = unpack(spreaded, y.dtype)
 
 
 def put(words, lane, values, dtype):

@@ -22,6 +22,7 @@ STRAIGHT_FLOPS = 10 * 2**30
 class Plan(NamedTuple):
     """Static facts of a call: x [M, K p], right [K, p, q], left [L, r, s], K q = L r.
 
+    transposed: x is [M, L s] and is multiplied by the transposed matrix.
     rows: of a step. cores: equal shares of the steps, each with its own copy of the weights.
     packed: rows of a word of 32 bits.
     """
@@ -36,6 +37,7 @@ class Plan(NamedTuple):
     rows: int
     itemsize: int
     backward: bool
+    transposed: bool = False
 
     @property
     def packed(self) -> int:
@@ -85,21 +87,20 @@ class Plan(NamedTuple):
         """Bytes of the windows, twice, the scratch and the prepared weights."""
         staging = 2 * LANES * (self.p + self.s) * self.itemsize
         windows = 2 * (self.inputs + self.outputs)
+        held, gradients = self.inner + self.outputs, 0
         if self.backward:
-            windows += 2 * self.inputs
-            held = 2 * self.inner + self.outputs
+            windows += 2 * (self.outputs if self.transposed else self.inputs)
+            held += self.outputs if self.transposed else self.inner
             gradients = 4 * self.weights
-        else:
-            held, gradients = self.inner + self.outputs, 0
         rows = self.rows * self.itemsize * (windows + held)
         return rows + self.itemsize * self.weights + gradients + staging
 
 
-def plan(M: int, right, left, itemsize: int, backward: bool) -> Plan:
+def plan(M: int, right, left, itemsize: int, backward: bool, transposed: bool = False) -> Plan:
     """The plan with the most rows that fit on the chip; the least rows where none does."""
-    (K, p, q), (L, r, s) = right.shape, left.shape
+    sizes = *right.shape, *left.shape
     for rows in ROWS[backward]:
-        found = Plan(M, K, p, q, L, r, s, rows, itemsize, backward)
+        found = Plan(M, *sizes, rows, itemsize, backward, transposed)
         if found.vmem <= VMEM_BYTES and rows <= max(M, LEAST_ROWS):
             return found
     return found

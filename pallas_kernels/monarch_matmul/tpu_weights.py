@@ -84,7 +84,21 @@ def _order_rows(t, slot, state, plan: Plan):
         state["left"][block, at, columns] = permute_columns(rows[:, columns], order)
 
 
-def restore(state, plan: Plan) -> None:
+def store(state, dright, dleft, plan: Plan) -> None:
+    """Copies the gradients of this core, state["dright"] and state["dleft"], out in true order."""
+    _restore(state, plan)
+    core = pl.program_id(0)
+    copies = [
+        pltpu.make_async_copy(state["dright"], dright.at[core], state["copied"].at[0, 0]),
+        pltpu.make_async_copy(state["dleft"], dleft.at[core], state["copied"].at[1, 0]),
+    ]
+    for copy in copies:
+        copy.start()
+    for copy in copies:
+        copy.wait()
+
+
+def _restore(state, plan: Plan) -> None:
     """Puts gradients, state["dright"] and state["dleft"] in float32, into their true order."""
     each, count = turn(plan), plan.inner // LANES
 
