@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core as jex_core
 
 JAX_VERSION: tuple[int, ...] = jax.__version_info__
@@ -74,3 +75,12 @@ def on_device(device: jax.Device):
         return jax.sharding.use_abstract_mesh(mesh)
     except (AttributeError, TypeError):
         return contextlib.nullcontext()
+
+
+def tpu_memory_and_cores() -> tuple[int, int] | None:
+    """VMEM bytes of a core of the TPU that is traced for, and its cores; None where it is none."""
+    try:
+        about = pltpu.get_tpu_info()
+        return about.vmem_capacity_bytes, about.num_cores
+    except (AttributeError, ValueError):  # no TPU, or a JAX that cannot tell
+        return None

@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 from pallas_kernels.block_diagonal_matmul.layout import Layout, layout
 from pallas_kernels.interleave import LANES
+from pallas_kernels.tpu_chip import Chip, chip
 
-# What a kernel may hold on chip: a v5p core has 64 MiB, the others twice as much.
-VMEM_BYTES = 60 * 2**20
 ROWS = (512, 256, 128)
 # FLOPs of a step, which is straight code, where it can be so short: 16,384 bundles on a v5e.
 STEP_FLOPS = 2**31
@@ -23,7 +22,7 @@ class Plan(NamedTuple):
     """Static facts of a call: x [M, K p], blocks [K, p, q].
 
     rows, each: rows and blocks of a step. shares: of the rows, each with its own sums of the
-    weights' gradients. buffers: of the weights' windows.
+    weights' gradients. buffers: of the weights' windows. chip: that it is for.
     """
 
     M: int
@@ -38,6 +37,7 @@ class Plan(NamedTuple):
     rows: int = LANES
     each: int = 1
     buffers: int = 1
+    chip: Chip = Chip()
 
     @property
     def packed(self) -> int:
@@ -64,8 +64,9 @@ class Plan(NamedTuple):
 
     @property
     def shares(self) -> int:
-        """Two where a chip of two cores could not share the groups."""
-        return 2 if self.backward and self.groups % 2 and self.steps % 2 == 0 else 1
+        """More than one where the chip's cores could not share the groups."""
+        alone = self.backward and self.groups % self.chip.cores
+        return self.chip.shares(self.steps) if alone else 1
 
     @property
     def products(self) -> int:
@@ -110,7 +111,7 @@ def plan(M, blocks, inputs, outputs, itemsize, backward, activation) -> Plan | s
             )
     if M < LANES:
         return f"{M} rows, fewer than {LANES}"
-    base = Plan(M, K, p, q, *sides, itemsize, backward, activation)
+    base = Plan(M, K, p, q, *sides, itemsize, backward, activation, chip=chip())
     whole = not all(side.in_place for side in sides)  # rows, which have all blocks
     shapes = [(n, each) for n in ROWS if n <= M for each in range(K, 0, -1) if K % each == 0]
     options = [
@@ -119,9 +120,9 @@ def plan(M, blocks, inputs, outputs, itemsize, backward, activation) -> Plan | s
         for buffers in (2, 1)
         if each == K or not whole
     ]
-    fits = [option for option in options if option.vmem <= VMEM_BYTES]
+    fits = [option for option in options if option.vmem <= base.chip.planned]
     if not fits:
         least = min(option.vmem for option in options)
-        return f"it would hold {least / 2**20:.0f} of {VMEM_BYTES // 2**20} MiB on chip"
+        return f"it would hold {least / 2**20:.0f} of {base.chip.planned >> 20} MiB on chip"
     short = [found for found in fits if found.each == 1 or found.step_flops <= STEP_FLOPS]
     return short[0] if short else min(fits, key=lambda option: option.step_flops)

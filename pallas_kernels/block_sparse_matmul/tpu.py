@@ -11,15 +11,15 @@ dx is the same kernel for the transposed mask: blocks are contracted over their 
 and U^T take the places of U and V.
 
 Weights' gradients. A row of blocks at a time, x_i^T by the blocks of dy that meet it, added in
-float32 to all gradients, which stay in VMEM from the first tile of rows to the last; on a v5p,
-whose chip has two cores, on one of them.
+float32 to all gradients, which stay in VMEM from the first tile of rows to the last: on each core
+of the chip those of its share of the rows.
 
 Predicted fraction of the roofline by the static schedule (libtpu 0.0.52, bfloat16, M 8192, density
 1/8, blocks of 128, n 4096 and 8192, without and with a rank of 128):
 
                     v5e     v5p             v6e
     forward, dx     1.00    1.00            0.82 to 1.00
-    dw              1.00    0.51 to 0.54    0.79 to 1.00
+    dw              1.00    0.99 to 1.00    0.79 to 1.00
 """
 
 import functools
@@ -31,6 +31,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_matmul import tpu_plan
 from pallas_kernels.block_sparse_matmul.settings import Settings, activate, combine
+from pallas_kernels.tpu_chip import chip
 
 
 def forward(x, blocks, u, v, gamma, bias, settings: Settings, *, save: bool, interpret=False):
@@ -101,8 +102,7 @@ def _multiply(
         {n: jax.ShapeDtypeStruct((x.shape[0], w), x.dtype) for n, w in shapes.items()},
         {n: _rows(tile, w) for n, w in shapes.items()},
         scratch={"low": pltpu.VMEM((tile, rank), x.dtype)} if rank and "z" not in shapes else {},
-        grid=x.shape[0] // tile,
-        semantics="parallel",
+        grid={"parallel": x.shape[0] // tile},
         flops=2 * x.shape[0] * (nnz * bi * bo + rank * (x.shape[1] + width)),
         moved=moved,
         interpret=interpret,
@@ -161,53 +161,60 @@ def _gradients(x, dy, z, dz, shape, settings: Settings, has_bias, tile, interpre
     """(d_blocks, du, dv, d_bias [1, O]) in float32; z = x U, dz = dy V^T, or None."""
     (nnz, bi, bo), wide_in, wide_out = shape, x.shape[1], dy.shape[1]
     x, dy = _pad(x, 0, tile), _pad(dy, 0, tile)
-    inputs = {"x": (x, _rows(tile, wide_in)), "dy": (dy, _rows(tile, wide_out))}
+    shares = chip().shares(x.shape[0] // tile)
+    steps = x.shape[0] // tile // shares
+
+    def rows(width):
+        return pl.BlockSpec((tile, width), lambda share, i: (share * steps + i, 0))
+
+    inputs = {"x": (x, rows(wide_in)), "dy": (dy, rows(wide_out))}
     shapes = {"d_blocks": shape}
     if z is not None:
         z, dz = (_pad(_pad(a, 0, tile), 1, tpu_plan.LANES) for a in (z, dz))
         rank = z.shape[1]
-        inputs |= {"z": (z, _rows(tile, rank)), "dz": (dz, _rows(tile, rank))}
+        inputs |= {"z": (z, rows(rank)), "dz": (dz, rows(rank))}
         shapes |= {"du": (wide_in, rank), "dv": (rank, wide_out)}
     if has_bias:
         shapes["d_bias"] = (1, wide_out)
     found = _call(
         functools.partial(_gradients_kernel, settings=settings, block=(bi, bo)),
         inputs,
-        {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()},
-        {n: _whole(s) for n, s in shapes.items()},
+        {n: jax.ShapeDtypeStruct((shares, *s), jnp.float32) for n, s in shapes.items()},
+        {n: _of_share(s) for n, s in shapes.items()},
         scratch={},
-        grid=x.shape[0] // tile,
-        semantics="arbitrary",
+        grid={"parallel": shares, "arbitrary": steps},
         flops=2 * x.shape[0] * nnz * bi * bo,
         moved=x.dtype.itemsize * (x.size + dy.size) + 4 * nnz * bi * bo,
         interpret=interpret,
         name="block_sparse_matmul_dw",
     )
-    return tuple(found.get(n) for n in ("d_blocks", "du", "dv", "d_bias"))
+    names = ("d_blocks", "du", "dv", "d_bias")
+    return tuple(found[n].sum(0) if n in found else None for n in names)
 
 
 def _gradients_kernel(refs, *, settings: Settings, block):
     x, dy = refs["x"], refs["dy"]
     bi, bo = block
     dot = functools.partial(_dot, precision=_precision(x.dtype, settings), of_a=0, of_b=0)
+    names = ("d_blocks", "du", "dv", "d_bias")
+    sums = {name: refs[name].at[0] for name in names if name in refs}
 
-    @pl.when(pl.program_id(0) == 0)
+    @pl.when(pl.program_id(1) == 0)
     def _():
-        for name in ("d_blocks", "du", "dv", "d_bias"):
-            if name in refs:
-                _clear(refs[name])
+        for ref in sums.values():
+            _clear(ref)
 
     for row, live in enumerate(settings.mask.rows):
         if live:
             met = _beside([dy[:, c * bo : (c + 1) * bo] for c, _ in live], 1)
             part = dot(x[:, row * bi : (row + 1) * bi], met)
             for i, (_, number) in enumerate(live):
-                refs["d_blocks"][number] += part[:, i * bo : (i + 1) * bo]
-    if "du" in refs:
-        refs["du"][...] += dot(x[...], refs["dz"][...])
-        refs["dv"][...] += dot(refs["z"][...], dy[...])
-    if "d_bias" in refs:
-        refs["d_bias"][...] += jnp.sum(dy[...].astype(jnp.float32), 0, keepdims=True)
+                sums["d_blocks"][number] += part[:, i * bo : (i + 1) * bo]
+    if "du" in sums:
+        sums["du"][...] += dot(x[...], refs["dz"][...])
+        sums["dv"][...] += dot(refs["z"][...], dy[...])
+    if "d_bias" in sums:
+        sums["d_bias"][...] += jnp.sum(dy[...].astype(jnp.float32), 0, keepdims=True)
 
 
 def _clear(ref):
@@ -221,22 +228,22 @@ def _clear(ref):
 
 
 def _call(
-    body, inputs, shapes, specs, *, scratch, grid, semantics, flops, moved, interpret, name
+    body, inputs, shapes, specs, *, scratch, grid, flops, moved, interpret, name
 ):  # fmt: skip
-    """Results by name of a kernel that is given all its references by name."""
+    """Results by name of a kernel that is given all its references by name; grid by semantics."""
 
     def kernel(*refs):
         body(dict(zip((*inputs, *shapes, *scratch), refs, strict=True)))
 
     found = pl.pallas_call(
         kernel,
-        grid=(grid,),
+        grid=tuple(grid.values()),
         in_specs=[spec for _, spec in inputs.values()],
         out_specs=list(specs.values()),
         out_shape=list(shapes.values()),
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=(semantics,), vmem_limit_bytes=tpu_plan.VMEM_LIMIT
+            dimension_semantics=tuple(grid), vmem_limit_bytes=chip().limit
         ),
         cost_estimate=pl.CostEstimate(
             flops=int(flops), transcendentals=0, bytes_accessed=int(moved)
@@ -249,6 +256,10 @@ def _call(
 
 def _rows(tile, width):
     return pl.BlockSpec((tile, width), lambda i: (i, 0))
+
+
+def _of_share(shape):
+    return pl.BlockSpec((1, *shape), lambda share, i: (share, *(0,) * len(shape)))
 
 
 def _whole(shape):

@@ -5,14 +5,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_matmul.settings import Settings
+from pallas_kernels.tpu_chip import chip
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 LANES = 128
 # Inputs and outputs of one pass of the widest matrix unit, a v6e's; others have 128.
 WIDTH = 256
-# Of 64 MiB, which a v5p has; v5e and v6e have twice that.
-VMEM_LIMIT = 62 * 2**20
-VMEM_PLANNED = 57 * 2**20
+# Of the memory on chip: beside the arrays the compiler holds up to a tenth of it.
+PLANNED = 57 / 64
 # Rows of a tile times live blocks of 128 x 128: the kernels are straight code, 0.23 bundles each.
 CODE = 2**17
 TILES = (512, 256, 128)
@@ -93,7 +93,7 @@ def gradient_tile(x, blocks, u, settings: Settings) -> int:
 
 def _largest(M, nnz, bi, bo, used) -> int:
     code = CODE // max(1, nnz * bi * bo // LANES**2)
-    fits = [t for t in TILES if t <= code and used(t) <= VMEM_PLANNED]
+    fits = [t for t in TILES if t <= code and used(t) <= PLANNED * chip().vmem]
     # A tile beyond the rows that there are would be padding alone.
     return min((t for t in fits if t >= M), default=fits[0] if fits else 0)
 

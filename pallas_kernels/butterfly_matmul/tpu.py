@@ -96,7 +96,7 @@ def _call(body, arrays, shapes, plan: Plan, interpret, name):
         out_shape=list(shapes.values()),
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", last), vmem_limit_bytes=tpu_plan.VMEM_BYTES + 2 * 2**20
+            dimension_semantics=("parallel", last), vmem_limit_bytes=plan.chip.limit
         ),
         cost_estimate=pl.CostEstimate(flops=plan.flops, transcendentals=0, bytes_accessed=moved),
         interpret=interpret,

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
+from pallas_kernels.tpu_chip import Chip, chip
+
 LANES = 128
-# What a kernel may hold on chip: a v5p core has 64 MiB, the others twice as much.
-VMEM_BYTES = 60 * 2**20
 ROWS = (512, 256, 128)
 # FLOPs of a step's products, which are straight code, where it can be so short.
 STEP_FLOPS = 2**31
@@ -13,7 +13,7 @@ STEP_FLOPS = 2**31
 class Plan(NamedTuple):
     """Static facts of a call: x [M, N], factors of N / b blocks of b features, b above 1.
 
-    rows: of a step.
+    rows: of a step. chip: that it is for.
     """
 
     M: int
@@ -23,6 +23,7 @@ class Plan(NamedTuple):
     itemsize: int
     backward: bool
     rows: int = LANES
+    chip: Chip = Chip()
 
     @property
     def stages(self) -> int:
@@ -72,8 +73,8 @@ class Plan(NamedTuple):
 
     @property
     def shares(self) -> int:
-        """Two where the rows' gradients of weights are summed by each core of a chip of two."""
-        return 2 if self.backward and self.steps % 2 == 0 else 1
+        """Of the rows, whose gradients of weights each core of the chip sums apart."""
+        return self.chip.shares(self.steps) if self.backward else 1
 
     @property
     def weights(self) -> int:
@@ -116,10 +117,12 @@ def plan(x, twiddle, increasing, backward) -> Plan | str:
         return f"{N} features in blocks of {b}, no power of two of at least {LANES}"
     if M < LANES:
         return f"{M} rows, fewer than {LANES}"
-    base = Plan(M, N, b, increasing, x.dtype.itemsize, backward)
+    base = Plan(M, N, b, increasing, x.dtype.itemsize, backward, chip=chip())
     options = [base._replace(rows=rows) for rows in ROWS if rows <= M]
-    fits = [option for option in options if option.vmem <= VMEM_BYTES]
+    fits = [option for option in options if option.vmem <= base.chip.planned]
     if not fits:
-        return f"it would hold {options[-1].vmem / 2**20:.0f} of {VMEM_BYTES // 2**20} MiB on chip"
+        return (
+            f"it would hold {options[-1].vmem / 2**20:.0f} of {base.chip.planned >> 20} MiB on chip"
+        )
     short = [p for p in fits if p.flops * p.rows <= STEP_FLOPS * p.M]
     return short[0] if short else fits[-1]

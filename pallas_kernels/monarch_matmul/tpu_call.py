@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.monarch_matmul import tpu_weights
-from pallas_kernels.monarch_matmul.tpu_plan import VMEM_LIMIT, Plan
+from pallas_kernels.monarch_matmul.tpu_plan import Plan
 
 
 def call(
@@ -68,7 +68,7 @@ def call(
         out_shape=list(shapes.values()),
         scratch_shapes=[state],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plan.chip.limit
         ),
         cost_estimate=_cost(plan),
         interpret=interpret,

@@ -3,11 +3,8 @@
 from typing import NamedTuple
 
 from pallas_kernels.interleave import LANES
+from pallas_kernels.tpu_chip import Chip, chip
 
-# What a plan may hold on chip: a v5p core has 64 MiB, the others twice as much. The compiler may
-# take more: at 4096 by 4, backward, it needs 60.11 MiB for a plan of just under 60.
-VMEM_BYTES = 60 * 2**20
-VMEM_LIMIT = 62 * 2**20
 # Rows of a step, forward and backward. More amortise what a step costs and the weights pushed into
 # the matrix unit; fewer take less memory and compile sooner.
 ROWS = {False: (512, 256, 128), True: (256, 128)}
@@ -23,8 +20,8 @@ class Plan(NamedTuple):
     """Static facts of a call: x [M, K p], right [K, p, q], left [L, r, s], K q = L r.
 
     transposed: x is [M, L s] and is multiplied by the transposed matrix.
-    rows: of a step. cores: equal shares of the steps, each with its own copy of the weights.
-    packed: rows of a word of 32 bits.
+    chip: that it is for. rows: of a step. cores: equal shares of the steps, each with its own copy
+    of the weights. packed: rows of a word of 32 bits.
     """
 
     M: int
@@ -38,6 +35,7 @@ class Plan(NamedTuple):
     itemsize: int
     backward: bool
     transposed: bool = False
+    chip: Chip = Chip()
 
     @property
     def packed(self) -> int:
@@ -53,7 +51,7 @@ class Plan(NamedTuple):
 
     @property
     def cores(self) -> int:
-        return 2 if self.steps % 2 == 0 else 1
+        return self.chip.shares(self.steps)
 
     @property
     def inputs(self) -> int:
@@ -98,10 +96,10 @@ class Plan(NamedTuple):
 
 def plan(M: int, right, left, itemsize: int, backward: bool, transposed: bool = False) -> Plan:
     """The plan with the most rows that fit on the chip; the least rows where none does."""
-    sizes = *right.shape, *left.shape
+    sizes, of = (*right.shape, *left.shape), chip()
     for rows in ROWS[backward]:
-        found = Plan(M, *sizes, rows, itemsize, backward, transposed)
-        if found.vmem <= VMEM_BYTES and rows <= max(M, LEAST_ROWS):
+        found = Plan(M, *sizes, rows, itemsize, backward, transposed, of)
+        if found.vmem <= of.planned and rows <= max(M, LEAST_ROWS):
             return found
     return found
 
@@ -117,6 +115,6 @@ def unsupported(plan: Plan, dtype: str) -> str | None:
         return f"left has {plan.L} blocks, no power of two up to {LANES}"
     if plan.rows > plan.M:
         return f"{plan.M} rows, fewer than {LEAST_ROWS}"
-    if plan.vmem > VMEM_BYTES:
-        return f"it would hold {plan.vmem / 2**20:.0f} of {VMEM_BYTES // 2**20} MiB on chip"
+    if plan.vmem > plan.chip.planned:
+        return f"it would hold {plan.vmem / 2**20:.0f} of {plan.chip.planned >> 20} MiB on chip"
     return None

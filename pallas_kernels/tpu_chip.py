@@ -1,0 +1,39 @@
+"""What plans of TPU kernels may know of the chip that a program is traced for."""
+
+from typing import NamedTuple
+
+from pallas_kernels import compat
+
+
+class Chip(NamedTuple):
+    """A chip as one program sees it; by default the least memory and most cores, of a v5p.
+
+    vmem: bytes on chip, of a core. cores: that share a grid with a "parallel" dimension.
+    """
+
+    vmem: int = 64 * 2**20
+    cores: int = 2
+
+    @property
+    def planned(self) -> int:
+        """Bytes that a plan's arrays may fill. The compiler may need some more."""
+        return self.vmem // 16 * 15
+
+    @property
+    def limit(self) -> int:
+        """Bytes that the compiler may fill."""
+        return self.vmem // 32 * 31
+
+    def shares(self, steps: int) -> int:
+        """Into how many equal parts so many steps are split, one a core; 1 where they cannot be."""
+        return self.cores if steps % self.cores == 0 else 1
+
+
+def chip() -> Chip:
+    """That of the mesh in whose context this is traced, or else of the default device.
+
+    Where neither is a TPU, as where a program is compiled on a CPU for another machine and no mesh
+    is set, it is `Chip()`, whose plans fit all of them.
+    """
+    known = compat.tpu_memory_and_cores()
+    return Chip() if known is None else Chip(*known)
