@@ -29,7 +29,7 @@ def forward(x, right, left, bias, activation, precision, interpret=False):
 
 
 def backward(x, right, left, dy, precision, interpret=False, transposed=False):
-    """dx in x's dtype, dright and dleft in float32."""
+    """dx in x's dtype, dright and dleft in float32, of one core already rounded to x's dtype."""
     M, kernel = rows(x), tpu_transposed if transposed else tpu_backward
     plan = tpu_plan.plan(M, right, left, x.dtype.itemsize, True, transposed)
     flat, dy = (a.reshape(M, a.shape[-1]) for a in (x, dy))
@@ -38,7 +38,8 @@ def backward(x, right, left, dy, precision, interpret=False, transposed=False):
         flat, dy = (jnp.pad(a, ((0, missing), (0, 0))) for a in (flat, dy))
         plan = plan._replace(M=M + missing)
     dx, dright, dleft = kernel.backward(flat, right, left, dy, plan, precision, interpret)
-    return dx[:M].reshape(x.shape), dright.sum(0), dleft.sum(0)
+    dright, dleft = (jnp.sum(each, 0, dtype=jnp.float32) for each in (dright, dleft))
+    return dx[:M].reshape(x.shape), dright, dleft
 
 
 def transposed(x, right, left, precision, interpret=False):

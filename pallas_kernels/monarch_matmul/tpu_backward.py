@@ -2,7 +2,9 @@
 
 The inner features are computed again, which costs a fifth of the products and saves M K q elements
 of memory traffic both ways. Gradients of the factors are added up on chip in float32, by core, in
-the order of features of `tpu_weights`, and put into their true order in the last step.
+the order of features of `tpu_weights`, and put into their true order in the last step. There a chip
+of one core rounds them, since nothing is to be added: one pass of the matrix unit for the order,
+not three, and half the bytes, which no cast has to read again.
 """
 
 from jax.experimental import pallas as pl
@@ -22,7 +24,7 @@ from pallas_kernels.monarch_matmul.tpu_plan import Plan
 
 
 def backward(x, right, left, dy, plan: Plan, precision, interpret=False):
-    """dx [M, K p], and float32 dright [cores, K, p, q], dleft [cores, L, r, s] to be summed."""
+    """dx [M, K p], dright [cores, K, p, q], dleft [cores, L, r, s]: see `call`."""
 
     def body(refs, state):
         collect_all(refs["dy"], state["dy"], plan)

@@ -29,7 +29,7 @@ def call(
 
     Returns:
       The result in right's dtype, and of a backward pass dright [cores, K, p, q] and dleft
-      [cores, L, r, s] in float32, to be summed.
+      [cores, L, r, s], in float32 where they are to be summed.
     """
     arrays, right, left = dict(arrays), arrays["right"], arrays["left"]
     rows = lambda core, step: (core * (plan.steps // plan.cores) + step, 0)  # noqa: E731
@@ -47,7 +47,8 @@ def call(
     state |= {key: pltpu.VMEM((plan.words, width), word) for key, width in words.items()}
     if plan.backward:
         for key, weights in (("dright", right), ("dleft", left)):
-            shapes[key] = jax.ShapeDtypeStruct((plan.cores, *weights.shape), jnp.float32)
+            dtype = jnp.float32 if plan.cores > 1 else weights.dtype
+            shapes[key] = jax.ShapeDtypeStruct((plan.cores, *weights.shape), dtype)
             state[key] = pltpu.VMEM(weights.shape, jnp.float32)
             out_specs.append(hbm)
 

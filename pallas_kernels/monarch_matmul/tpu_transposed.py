@@ -32,7 +32,7 @@ def forward(x, right, left, plan: Plan, precision, interpret=False):
 
 
 def backward(x, right, left, dy, plan: Plan, precision, interpret=False):
-    """dx [M, L s], and float32 dright [cores, K, p, q], dleft [cores, L, r, s] to be summed."""
+    """dx [M, L s], dright [cores, K, p, q], dleft [cores, L, r, s]: see `call`."""
 
     def body(refs, state):
         collect_all(refs["x"], state["x"], plan)

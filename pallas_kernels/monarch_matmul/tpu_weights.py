@@ -85,12 +85,18 @@ def _order_rows(t, slot, state, plan: Plan):
 
 
 def store(state, dright, dleft, plan: Plan) -> None:
-    """Copies the gradients of this core, state["dright"] and state["dleft"], out in true order."""
-    _restore(state, plan)
+    """Copies the gradients of this core, state["dright"] and state["dleft"], out in true order.
+
+    They are float32, or where no other core's are to be added rounded to the weights' dtype first,
+    in place of the weights.
+    """
+    of = ("right", "left") if plan.cores == 1 else ("dright", "dleft")
+    right, left = (state[name] for name in of)
+    _restore(state, right, left, plan)
     core = pl.program_id(0)
     copies = [
-        pltpu.make_async_copy(state["dright"], dright.at[core], state["copied"].at[0, 0]),
-        pltpu.make_async_copy(state["dleft"], dleft.at[core], state["copied"].at[1, 0]),
+        pltpu.make_async_copy(right, dright.at[core], state["copied"].at[0, 0]),
+        pltpu.make_async_copy(left, dleft.at[core], state["copied"].at[1, 0]),
     ]
     for copy in copies:
         copy.start()
@@ -98,21 +104,22 @@ def store(state, dright, dleft, plan: Plan) -> None:
         copy.wait()
 
 
-def _restore(state, plan: Plan) -> None:
-    """Puts gradients, state["dright"] and state["dleft"] in float32, into their true order."""
+def _restore(state, right, left, plan: Plan) -> None:
+    """Puts state["dright"] and state["dleft"] in true order into `right` and `left`."""
     each, count = turn(plan), plan.inner // LANES
 
     def body(i, _):
         for j in range(each):
             t = i * each + j
             at, order = column_tile(t, plan), exchange_order(lax.rem(t, plan.L)).T
-            state["dright"][at] = permute_columns(state["dright"][at], order)
+            right[at] = permute_columns(state["dright"][at].astype(right.dtype), order)
             block, at, _ = row_tile(t, plan)
-            rows = permute_rows(exchanged_rows(block, plan.L).T, state["dleft"][block, at, :])
+            rows = state["dleft"][block, at, :].astype(left.dtype)
+            rows = permute_rows(exchanged_rows(block, plan.L).T, rows)
             order = spread_order(block, plan.L).T
             for c in range(0, plan.s, LANES):
                 columns = slice(c, c + LANES)
-                state["dleft"][block, at, columns] = permute_columns(rows[:, columns], order)
+                left[block, at, columns] = permute_columns(rows[:, columns], order)
         return 0
 
     lax.fori_loop(0, count // each, body, 0)
