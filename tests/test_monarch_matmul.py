@@ -224,7 +224,7 @@ KERNELS = {
     "two_tiles": ((2, 128, 256, 2, 256, 256), 512, jnp.bfloat16, True),
     "loops": ((4, 256, 128, 2, 256, 384), 256, jnp.bfloat16, False),
     "narrow": ((8, 128, 128, 2, 512, 128), 130, jnp.float32, False),
-    "eight": ((8, 128, 128, 8, 128, 128), 300, jnp.bfloat16, True),
+    "eight": ((8, 128, 128, 8, 128, 128), 512, jnp.bfloat16, True),
 }
 
 

@@ -20,7 +20,7 @@ def call(
     plan: Plan,
     interpret,
 ) -> dict[str, jax.Array]:
-    """Results by name of body(references by name, state), run on every tile of rows.
+    """Results by name of body(references by name, state, plan), run on every part of the rows.
 
     Args:
       arrays: "right", "left", perhaps "bias" [L, s], and others by rows, [M, width].
@@ -32,6 +32,7 @@ def call(
       [cores, L, r, s], in float32 where they are to be summed.
     """
     arrays, right, left = dict(arrays), arrays["right"], arrays["left"]
+    by_rows = {result[0], *arrays} - {"right", "left", "bias"}
     rows = lambda core, step: (core * (plan.steps // plan.cores) + step, 0)  # noqa: E731
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     specs = {key: pl.BlockSpec((plan.rows, a.shape[-1]), rows) for key, a in arrays.items()}
@@ -57,7 +58,11 @@ def call(
         refs = dict(zip((*arrays, *shapes), refs, strict=True))
         first, last = (pl.program_id(1) == i for i in (0, plan.steps // plan.cores - 1))
         pl.when(first)(lambda: tpu_weights.load(refs["right"], refs["left"], state, plan))
-        body(refs, state)
+        for first in range(0, plan.rows, plan.chunk):
+            rows, packed = (pl.ds(first // n, plan.chunk // n) for n in (1, plan.packed))
+            part = {k: ref.at[rows] if k in by_rows else ref for k, ref in refs.items()}
+            held = {k: ref.at[packed] if k in words else ref for k, ref in state.items()}
+            body(part, held, plan._replace(rows=plan.chunk))
         if plan.backward:
             pl.when(last)(lambda: tpu_weights.store(state, refs["dright"], refs["dleft"], plan))
 

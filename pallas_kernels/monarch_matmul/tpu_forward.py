@@ -38,7 +38,7 @@ TURN_FLOPS = 2**29
 def forward(x, right, left, bias, plan: Plan, activation, precision, interpret=False):
     """y [M, L s] of x [M, K p]; bias [L, s] in the order of `spread`, or None."""
 
-    def body(refs, state):
+    def body(refs, state, plan):
         y = refs["y"]
         first_product(refs["x"], state, plan, precision)
         exchange_all(state["z"], plan)

@@ -5,10 +5,16 @@ from typing import NamedTuple
 from pallas_kernels.interleave import LANES
 from pallas_kernels.tpu_chip import Chip, chip
 
-# Rows of a step, forward and backward. More amortise what a step costs and the weights pushed into
-# the matrix unit; fewer take less memory and compile sooner.
-ROWS = {False: (512, 256, 128), True: (256, 128)}
+# Rows of a step. More amortise what a step costs and the weights pushed into the matrix unit; fewer
+# take less memory and compile sooner.
+ROWS = (512, 256, 128)
 LEAST_ROWS = 128
+# Rows that pass through all of the kernel before the next ones, so that exchanges of one part run
+# beside products of the other. Microseconds in one part and in two of 512 (libtpu 0.0.52): forward
+# v6e 8192 by 16 201 and 196, 4096 by 4 167 and 173; v5p 4096 by 32 54 and 52. Backward, in one part
+# of 256 and in two of 512: v5p 4096 by 32 142 and 131, 2048 by 4 181 and 179; v6e 4096 by 8 217 and
+# 214.
+CHUNK = 256
 # FLOPs of a step beyond which its products are loops and not one straight piece of code. In one,
 # the exchanges run while the matrix unit is at work; 2**32 of them are 32,768 bundles on a v5e.
 # On a v6e 4096 by 4 forward is 0.84 of the roofline in one piece, 0.65 in loops of 2**29 a turn and
@@ -71,6 +77,12 @@ class Plan(NamedTuple):
         return self.K * self.p * self.q + self.L * self.r * self.s
 
     @property
+    def chunk(self) -> int:
+        """Rows that are done at a time; all where weights are few and large, or code in loops."""
+        parts = self.straight and (self.backward or self.L >= 8)
+        return min(self.rows, CHUNK) if parts else self.rows
+
+    @property
     def flops(self) -> int:
         """Of the forward product."""
         return 2 * self.M * self.weights
@@ -95,13 +107,18 @@ class Plan(NamedTuple):
 
 
 def plan(M: int, right, left, itemsize: int, backward: bool, transposed: bool = False) -> Plan:
-    """The plan with the most rows that fit on the chip; the least rows where none does."""
+    """The plan with the most rows that fit on the chip, in straight code where one is.
+
+    The least rows where none fits.
+    """
     sizes, of = (*right.shape, *left.shape), chip()
-    for rows in ROWS[backward]:
-        found = Plan(M, *sizes, rows, itemsize, backward, transposed, of)
-        if found.vmem <= of.planned and rows <= max(M, LEAST_ROWS):
-            return found
-    return found
+    plans = [
+        Plan(M, *sizes, rows, itemsize, backward, transposed, of)
+        for rows in ROWS
+        if rows <= max(M, LEAST_ROWS)
+    ]
+    fits = [found for found in plans if found.vmem <= of.planned] or plans[-1:]
+    return next((found for found in fits if found.straight), fits[0])
 
 
 def unsupported(plan: Plan, dtype: str) -> str | None:

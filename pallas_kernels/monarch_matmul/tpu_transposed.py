@@ -20,7 +20,7 @@ from pallas_kernels.monarch_matmul.tpu_plan import Plan
 def forward(x, right, left, plan: Plan, precision, interpret=False):
     """y [M, K p] of x [M, L s]."""
 
-    def body(refs, state):
+    def body(refs, state, plan):
         collect_all(refs["x"], state["x"], plan)
         second_back(state, "x", plan, precision)
         exchange_all(state["z"], plan)
@@ -34,7 +34,7 @@ def forward(x, right, left, plan: Plan, precision, interpret=False):
 def backward(x, right, left, dy, plan: Plan, precision, interpret=False):
     """dx [M, L s], dright [cores, K, p, q], dleft [cores, L, r, s]: see `call`."""
 
-    def body(refs, state):
+    def body(refs, state, plan):
         collect_all(refs["x"], state["x"], plan)
         first_product(refs["dy"], state, plan, precision)
         exchange_all(state["z"], plan)
