@@ -17,10 +17,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import jax
+
 from benchmarks.records import record
 from pallas_kernels.lab import __main__ as lab
 from pallas_kernels.lab import ops
-from pallas_kernels.lab.case import TPUS, Case
+from pallas_kernels.lab.case import TPUS, Case, Program
 from pallas_kernels.lab.chips import chip
 from pallas_kernels.lab.row import Row
 from pallas_kernels.lab.worker import Job, Workers
@@ -31,8 +33,9 @@ ROLES = ("forward", "backward")
 
 def dense_seconds(case: Case, role: str, target: str) -> float:
     """The least time of a dense product in place of the case's, in bfloat16."""
-    x, *_, dy = case.args_of("backward")
-    M, I, O = x.shape[0], x.shape[-1], dy.shape[-1]  # noqa: E741
+    x, *rest = case.args_of("forward")
+    M, I = x.shape  # noqa: E741
+    O = jax.eval_shape(Program.of(case.kernels["forward"]).fn, x, *rest).shape[-1]  # noqa: E741
     of = chip(target)
     once = max(2 * M * I * O / of.peak_flops, 2 * (M * I + I * O + M * O) / of.hbm_bandwidth)
     return once * (1 if role == "forward" else 2)
@@ -74,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         for role in ROLES
         if role in case.kernels
         for target in targets
+        if target in case.targets
     ]
     if not work:
         parser.error(f"--case {options.case}: no such case of {', '.join(options.op)}")
