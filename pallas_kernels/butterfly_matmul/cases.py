@@ -46,6 +46,7 @@ def case(n: int, b: int = 1, increasing: bool = True, M: int = 8192) -> Case:
 
 CASES = [
     case(1024),
+    case(1024, increasing=False),
     case(2048),
     case(4096),
     case(4096, increasing=False),
