@@ -1,13 +1,14 @@
 """Structured products on a GPU: our Hopper kernels checked, then timed beside cuBLAS.
 
-    python -m benchmarks.structured [--op monarch,block_sparse] [--only NAME,...] [--json PATH]
+    python -m benchmarks.structured [--op monarch,butterfly,...] [--only NAME,...] [--json PATH]
 
 First every kernel's result and gradients are compared with the reference in float32 on the same
 device: the error may be twice that of the XLA form in bfloat16, plus the last bits of float32.
 Then, shape by shape, the kernels, a dense product by cuBLAS, and the XLA form take turns in one
 process, so that what else happens to the machine meets all of them; a figure is the median over
 rounds. The XLA form of a Monarch product is two batched products by cuBLAS with copies that
-permute, that of a block-sparse one batched products of gathered blocks. Times are of calls queued
+permute, that of a block-sparse one batched products of gathered blocks, and that of butterfly
+factors a product of five of them at a time. Times are of calls queued
 behind each other, which hides the dispatch where a call is longer than it; "kernels" is the sum of
 what CUPTI counts for each kernel of a call. Backward is forward and backward less forward.
 
@@ -31,13 +32,15 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import gpu
+from pallas_kernels.block_diagonal_matmul import Stride, block_diagonal_matmul
 from pallas_kernels.block_sparse_matmul import block_sparse_matmul
-from pallas_kernels.block_sparse_matmul.cases import butterfly
+from pallas_kernels.block_sparse_matmul.cases import butterfly as butterfly_mask
+from pallas_kernels.butterfly_matmul import butterfly_matmul
 from pallas_kernels.lab.chips import chip
 from pallas_kernels.monarch_matmul import monarch_matmul
 
 M = 8192
-OPS = ("monarch", "block_sparse")
+OPS = ("monarch", "block_sparse", "block_diagonal", "butterfly")
 PEERS = ("gpu", "dense", "blockwise")
 
 Sizes = tuple[int, ...]
@@ -90,7 +93,7 @@ def monarch(K: int, p: int, q: int, L: int, r: int, s: int) -> Shape:
 
 def block_sparse(inputs: int, outputs: int, factors: int, rank: int = 0, block: int = 128) -> Shape:
     rows, columns = inputs // block, outputs // block
-    mask = butterfly(rows, columns, min(rows, columns, 32), factors)
+    mask = butterfly_mask(rows, columns, min(rows, columns, 32), factors)
 
     def product(implementation, x, blocks, u=None, v=None):
         return block_sparse_matmul(x, blocks, u=u, v=v, mask=mask, implementation=implementation)
@@ -98,6 +101,26 @@ def block_sparse(inputs: int, outputs: int, factors: int, rank: int = 0, block: 
     low = ((inputs, rank), (rank, outputs)) if rank else ()
     name = f"block_sparse_{inputs}_{outputs}_density_{mask.density:.3g}" + f"_r{rank}" * bool(rank)
     return Shape(name, inputs, outputs, ((mask.count, block, block), *low), product)
+
+
+def block_diagonal(K: int, p: int, q: int, permuted: bool = False) -> Shape:
+    how = {"permute_inputs": Stride(K), "permute_outputs": Stride(q)} if permuted else {}
+
+    def product(implementation, x, blocks):
+        return block_diagonal_matmul(x, blocks, **how, implementation=implementation)
+
+    name = f"block_diagonal_{K * p}_{K * q}_by_{K}" + "_permuted" * permuted
+    return Shape(name, K * p, K * q, ((K, p, q),), product)
+
+
+def butterfly(n: int, increasing: bool = True) -> Shape:
+    """Factors of numbers; the roofline's FLOPs are those of sums of pairs."""
+
+    def product(implementation, x, twiddle):
+        return butterfly_matmul(x, twiddle, increasing=increasing, implementation=implementation)
+
+    name = f"butterfly_{n}" + "_decreasing" * (not increasing)
+    return Shape(name, n, n, ((n.bit_length() - 1, n // 2, 2, 2),), product)
 
 
 def shapes(ops: tuple[str, ...]) -> list[Shape]:
@@ -115,6 +138,16 @@ def shapes(ops: tuple[str, ...]) -> list[Shape]:
             block_sparse(4096, 4096, 3, 128),
             block_sparse(8192, 8192, 3),
             block_sparse(8192, 8192, 3, 128),
+        ],
+        "block_diagonal": [
+            *(block_diagonal(b, n // b, n // b) for n, b in square),
+            block_diagonal(16, 256, 256, permuted=True),
+            block_diagonal(8, 128, 512),
+            block_diagonal(8, 512, 128),
+        ],
+        "butterfly": [
+            *(butterfly(n) for n in (1024, 2048, 4096, 8192)),
+            butterfly(4096, increasing=False),
         ],
     }
     return [shape for op in ops for shape in found[op]]
@@ -135,6 +168,12 @@ def check_shapes(ops: tuple[str, ...]) -> list[Shape]:
             block_sparse(1024, 512, 1, 64),
             block_sparse(512, 1024, 1, 128, 256),
         ],
+        "block_diagonal": [
+            block_diagonal(2, 128, 128),
+            block_diagonal(4, 256, 512),
+            block_diagonal(2, 512, 128, permuted=True),
+        ],
+        "butterfly": [butterfly(512), butterfly(4096), butterfly(1024, increasing=False)],
     }
     return [shape for op in ops for shape in found[op]]
 
@@ -221,7 +260,7 @@ def line(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Structured products on a GPU beside cuBLAS.")
-    parser.add_argument("--op", default=",".join(OPS), help="of monarch, block_sparse, with commas")
+    parser.add_argument("--op", default=",".join(OPS), help=f"of {', '.join(OPS)}, with commas")
     parser.add_argument("--only", default="", help="names of shapes, separated by commas")
     parser.add_argument("--by", default=",".join(PEERS), help="of gpu, dense, blockwise")
     parser.add_argument("--rounds", type=int, default=7)

@@ -6,7 +6,12 @@ import pytest
 
 from benchmarks import structured as benchmark
 
-SHAPES = [benchmark.monarch(2, 8, 8, 2, 8, 8), benchmark.block_sparse(16, 16, 1, 2, 4)]
+SHAPES = [
+    benchmark.monarch(2, 8, 8, 2, 8, 8),
+    benchmark.block_sparse(16, 16, 1, 2, 4),
+    benchmark.block_diagonal(4, 8, 4, permuted=True),
+    benchmark.butterfly(16, increasing=False),
+]
 
 
 def test_without_a_gpu_it_says_so(capsys):
@@ -18,7 +23,7 @@ def test_what_is_unknown_is_refused(capsys):
     assert benchmark.main(["--only", "monarch"]) == 2
     assert "no shape monarch; one of: monarch_1024_1024_by_4" in capsys.readouterr().err
     assert benchmark.main(["--op", "dense"]) == 2
-    assert "no op dense; of: monarch, block_sparse" in capsys.readouterr().err
+    assert "no op dense; of: monarch, block_sparse, block_diagonal" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
