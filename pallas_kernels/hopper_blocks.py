@@ -91,7 +91,7 @@ def to_features(name, x, weights, D: int, at: Plan, machine: Machine):
         return weights.at[n, pl.ds(column, at.columns), pl.ds(step * DEPTH, DEPTH)]
 
     def stage(x, n, tile, step):
-        return _stage_of_rows(x, n, tile, step, at)
+        return x.at[pl.ds(tile * TALL, TALL), pl.ds(n * at.P + step * DEPTH, DEPTH)]
 
     def compute(scratch: Scratch, z, n, column, tile, step, group):
         (held,), (rows,) = scratch.weights.buffers, scratch.ring.buffers
@@ -105,12 +105,13 @@ def to_features(name, x, weights, D: int, at: Plan, machine: Machine):
         totals = [machine.full((ROWS, TALL), 0) for _ in range(chunks)]
         totals = machine.products(scratch.ring, step, at.steps, operands, TALL, totals=totals)
         for j, total in enumerate(totals):
+            feature = column + first + j * ROWS
+            of_first = jax.lax.div(feature, jnp.int32(C))
+            row = n * C + feature - of_first * C  # n C where a block has less than 64 of them
             for half in range(0, TALL, ROWS):
                 own = _own(scratch, group, total[:, half : half + ROWS])
                 for k in range(0, ROWS, piece):
-                    feature = column + first + j * ROWS + k
-                    block = jax.lax.div(feature, jnp.int32(C))
-                    row = n * C + feature - block * C
+                    block = of_first + k // C
                     target = z.at[block, tile, pl.ds(row, piece), pl.ds(half, ROWS)]
                     plgpu.copy_smem_to_gmem(
                         own.at[pl.ds(k, piece)], target, commit_group=k + piece == ROWS
@@ -120,13 +121,15 @@ def to_features(name, x, weights, D: int, at: Plan, machine: Machine):
     return _launch(name, x, weights, out, sizes, at, machine, panel, stage, compute)
 
 
-def to_rows(name, x, weights, at: Plan, machine: Machine):
+def to_rows(name, x, weights, at: Plan, machine: Machine, stride: int | None = None):
     """y[m, n Q + q] = sum over p of x[m, n P + p] weights[n, p, q].
 
     Args:
       name: of the kernel.
       x: [M, N P], M in whole tiles; or features by features, [N, M / 128, P, 128].
       weights: [N, P, Q].
+      stride: of a butterfly factor: the halves of block n of x [M, N P], and of y, are halves
+        2 d stride + t and stride further, n = d stride + t. P / 2 and Q / 2 are multiples of 64.
 
     Returns:
       y [M, N Q] in x's dtype.
@@ -140,7 +143,8 @@ def to_rows(name, x, weights, at: Plan, machine: Machine):
     def stage(x, n, tile, step):
         if by_features:
             return x.at[n, tile, pl.ds(step * DEPTH, DEPTH)]
-        return _stage_of_rows(x, n, tile, step, at)
+        column = _column(n, step * DEPTH, at.P, stride)
+        return x.at[pl.ds(tile * TALL, TALL), pl.ds(column, DEPTH)]
 
     def compute(scratch: Scratch, y, n, column, tile, step, group):
         (held,), (rows,) = scratch.weights.buffers, scratch.ring.buffers
@@ -154,7 +158,7 @@ def to_rows(name, x, weights, at: Plan, machine: Machine):
         row = pl.ds(tile * TALL + group * ROWS, ROWS)
         for j in range(at.columns // ROWS):
             own = _own(scratch, group, total[:, j * ROWS : (j + 1) * ROWS])
-            first = n * at.Q + column + j * ROWS
+            first = _column(n, column + j * ROWS, at.Q, stride)
             plgpu.copy_smem_to_gmem(own, y.at[row, pl.ds(first, ROWS)])
 
     of_rows = (DEPTH, TALL) if by_features else (TALL, DEPTH)
@@ -162,9 +166,13 @@ def to_rows(name, x, weights, at: Plan, machine: Machine):
     return _launch(name, x, weights, out, sizes, at, machine, panel, stage, compute)
 
 
-def _stage_of_rows(x, n, tile, step, at: Plan):
-    """128 rows of 64 features of block n of x [M, N P]."""
-    return x.at[pl.ds(tile * TALL, TALL), pl.ds(n * at.P + step * DEPTH, DEPTH)]
+def _column(n, feature, width: int, stride: int | None):
+    """Of the first of 64 features of block n, all in one half of it."""
+    if stride is None:
+        return n * width + feature
+    half = jnp.int32(width // 2)
+    d, h = jax.lax.div(n, jnp.int32(stride)), jax.lax.div(feature, half)
+    return ((2 * d + h) * stride + n - d * stride) * half + feature - h * half
 
 
 def _own(scratch: Scratch, group, values):

@@ -40,7 +40,8 @@ def butterfly_matmul(
     On a TPU it is one kernel each way: x is read and y written once. Factors of numbers are the two
     of a Monarch matrix, rounded to x's dtype each, for n of 256 to 16,384; the block form takes b
     or 128 / b a power of two in multiples of 128 lanes. On a Hopper GPU factors of numbers are
-    those of a Monarch matrix too, by its kernels. Other shapes are done by XLA, said once.
+    those of a Monarch matrix too, by its kernels; kernels for blocks, b 128 or 256, are had by
+    name, until they have been measured. Other shapes are done by XLA, said once.
 
     Args:
       x: [..., n b], float32, bfloat16, float16, float64, complex64 or complex128; n a power of two.
@@ -99,7 +100,10 @@ def _run(direction, implementation, how, *arrays):
     on_cpu = functools.partial(call, blockwise, platform="cpu")
     elsewhere = functools.partial(call, blockwise, platform="accelerator")
     kernels = {}
-    for platform, name, module in (("tpu", "tpu", tpu), ("cuda", "gpu", gpu)):
+    modules = [("tpu", "tpu", tpu)]
+    if implementation == "gpu" or arrays[1].shape[-1] == 1:
+        modules.append(("cuda", "gpu", gpu))
+    for platform, name, module in modules:
         reason = module.unsupported(*arrays[:2], how[0], direction == "backward")
         if dispatch.manual(arrays):
             reason = "inside shard_map a kernel needs check_vma=False"

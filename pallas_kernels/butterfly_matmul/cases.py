@@ -44,6 +44,32 @@ def case(n: int, b: int = 1, increasing: bool = True, M: int = 8192) -> Case:
     )
 
 
+def on_hopper(n: int, b: int = 1, M: int = 8192) -> Case:
+    """bfloat16; every kernel is a product of M N w multiplications, or its gradient of weights: of
+    numbers w is the width of Monarch's blocks, of blocks 2 b.
+    """
+    N, stages = n * b, n.bit_length() - 1
+    of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    x = of((M, N))
+    twiddle = of((stages, n // 2, 2, 2, *((b, b) if b > 1 else ())))
+    product = functools.partial(butterfly_matmul, implementation="gpu")
+    width = 2 * b if b > 1 else 256
+    once = 4.0 * M * N + 2.0 * N * width
+
+    def backward(x, twiddle, dy):
+        return jax.vjp(product, x, twiddle)[1](dy)
+
+    return Case(
+        name=f"{n}" + (f" blocks of {b}" if b > 1 else "") + " on Hopper",
+        kernels={"forward": product, "backward": backward},
+        args={"forward": (x, twiddle), "backward": (x, twiddle, x)},
+        flops={"_": 2.0 * M * N * width},
+        hbm_bytes={"_": once}
+        | dict.fromkeys(("dleft", "dright", "dtwiddle"), once + 2.0 * N * width),
+        targets=("h200",),
+    )
+
+
 CASES = [
     case(1024),
     case(1024, increasing=False),
@@ -56,4 +82,6 @@ CASES = [
     case(32, 128),
     case(32, 128, increasing=False),
     case(16, 256),
+    on_hopper(4096),
+    on_hopper(32, 128),
 ]
