@@ -16,6 +16,7 @@ from efficient.planning.hardware import CHIPS, Target
 from efficient.planning.memory import device_bytes, refused_bytes
 from efficient.planning.plan import Plan, plan
 from efficient.planning.roofline import NOT_COUNTED, read_work
+from pallas_kernels import tpu_chip
 
 P = PartitionSpec
 B, D, F, L = 512, 1024, 2048, 6
@@ -156,6 +157,21 @@ def test_psum_in_a_scan_inside_shard_map(target, mesh):
     assert found[0].wire == turns * local  # 2 (n-1)/n of it, n = 2
     link = CHIPS["v5e"].link_bandwidth
     assert found[0].seconds == pytest.approx(turns * local / link)
+
+
+def test_kernels_know_the_target_while_it_is_traced(target, mesh):
+    """A v5e has one core and twice the memory of a v5p's; outside of it nothing is known."""
+    seen = []
+
+    @jax.jit
+    def step(x):
+        seen.append(tpu_chip.chip())
+        return x + 1
+
+    plan(step, (_on(mesh, (8, 128)),), target=target, mesh=mesh)
+    assert seen == [tpu_chip.Chip(vmem=128 * 2**20, cores=1)]
+    assert tpu_chip.chip() == tpu_chip.Chip(vmem=64 * 2**20, cores=2)
+    assert [tpu_chip.Chip().shares(n) for n in (8, 7)] == [2, 1]
 
 
 def test_hbm_bytes_of_an_elementwise_step(target, mesh):

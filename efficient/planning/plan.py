@@ -27,6 +27,7 @@ from efficient.planning.flops import FlopCount, jaxpr_flops
 from efficient.planning.hardware import Target
 from efficient.planning.memory import Memory, largest_values, memory_of
 from efficient.planning.roofline import Roofline, read_work
+from pallas_kernels.compat import on_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +122,9 @@ def plan(
     leaves = jax.tree.leaves(abstract_args)
     _check(leaves, mesh, target)
     began = time.perf_counter()
-    traced = fn_jitted.trace(*abstract_args)
-    lowered = traced.lower(lowering_platforms=(target.platform,))
+    with _traced_on(target):
+        traced = fn_jitted.trace(*abstract_args)
+        lowered = traced.lower(lowering_platforms=(target.platform,))
     lowered_at = time.perf_counter()
     compiled, refusal = _compile(lowered)
     compiled_at = time.perf_counter()
@@ -154,6 +156,13 @@ def plan(
         seconds_to_compile=compiled_at - lowered_at,
         versions=_versions(target),
     )
+
+
+def _traced_on(target: Target):
+    """A context in which kernels ask of the target what they would ask of the chip they run on."""
+    if target.platform != "tpu" or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return on_device(target.devices.flat[0])
 
 
 def _check(leaves, mesh, target: Target) -> None:
