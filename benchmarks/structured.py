@@ -7,8 +7,8 @@ device: the error may be twice that of the XLA form in bfloat16, plus the last b
 Then, shape by shape, the kernels, a dense product by cuBLAS, and the XLA form take turns in one
 process, so that what else happens to the machine meets all of them; a figure is the median over
 rounds. The XLA form of a Monarch product is two batched products by cuBLAS with copies that
-permute, that of a block-sparse one batched products of gathered blocks, and that of butterfly
-factors a product of five of them at a time. Times are of calls queued
+permute, that of a block-diagonal one a batched product, of a block-sparse one batched products of
+gathered blocks, of butterfly factors a product of five of them at a time. Times are of calls queued
 behind each other, which hides the dispatch where a call is longer than it; "kernels" is the sum of
 what CUPTI counts for each kernel of a call. Backward is forward and backward less forward.
 

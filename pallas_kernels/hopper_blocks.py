@@ -71,6 +71,12 @@ def plan(M: int, N: int, P: int, Q: int, cores: int) -> Plan | None:
     return None
 
 
+def whole_tiles(x):
+    """x [M, F] with rows of zeros behind, to whole tiles."""
+    more = -x.shape[0] % TALL
+    return jnp.pad(x, ((0, more), (0, 0))) if more else x
+
+
 def to_features(name, x, weights, D: int, at: Plan, machine: Machine):
     """z[d, t, n C + c, m] = sum over p of x[128 t + m, n P + p] weights[n, d C + c, p], C = Q / D.
 

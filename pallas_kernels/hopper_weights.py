@@ -43,6 +43,11 @@ class Plan(NamedTuple):
     steps: int
 
 
+def diagonal(n: int, P: int, Q: int) -> np.ndarray:
+    """`starts` of block-diagonal weights: out i begins at column i P of a and i Q of b."""
+    return np.arange(n)[:, None] * np.array([P, Q])
+
+
 def gradients(name, a, b, starts: np.ndarray, P: int, Q: int, *, machine: Machine):
     """float32[n, P, Q] of a [M, I] and b [M, J], see above; M and Q multiples of 64, P of 128.
 

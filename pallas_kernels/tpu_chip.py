@@ -6,7 +6,7 @@ from pallas_kernels import compat
 
 
 class Chip(NamedTuple):
-    """A chip as one program sees it; by default the least memory and most cores, of a v5p.
+    """A chip as one program sees it; by default of v5e, v5p and v6e the least memory, most cores.
 
     vmem: bytes on chip, of a core. cores: that share a grid with a "parallel" dimension.
     """
@@ -16,13 +16,13 @@ class Chip(NamedTuple):
 
     @property
     def planned(self) -> int:
-        """Bytes that a plan's arrays may fill. The compiler may need some more."""
-        return self.vmem // 16 * 15
+        """Bytes that a plan may count. The compiler may need some more, for registers put out."""
+        return self.vmem // 64 * 61
 
     @property
     def limit(self) -> int:
         """Bytes that the compiler may fill."""
-        return self.vmem // 32 * 31
+        return self.vmem // 64 * 63
 
     def shares(self, steps: int) -> int:
         """Into how many equal parts so many steps are split, one a core; 1 where they cannot be."""
@@ -33,7 +33,7 @@ def chip() -> Chip:
     """That of the mesh in whose context this is traced, or else of the default device.
 
     Where neither is a TPU, as where a program is compiled on a CPU for another machine and no mesh
-    is set, it is `Chip()`, whose plans fit all of them.
+    is set, it is `Chip()`, whose plans fit those three.
     """
     known = compat.tpu_memory_and_cores()
     return Chip() if known is None else Chip(*known)

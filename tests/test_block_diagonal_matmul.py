@@ -27,6 +27,7 @@ from pallas_kernels.block_diagonal_matmul import (
     tpu_plan,
 )
 from pallas_kernels.block_diagonal_matmul.layout import layout
+from pallas_kernels.compat import on_device
 from pallas_kernels.lab import traffic
 
 NAMES = ("x", "blocks", "bias")
@@ -411,7 +412,9 @@ def compile_cases(target, names):
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), case.args_of(role)
             )
             fn = getattr(program, "fn", program)
-            compiled = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+            with on_device(device):
+                lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",))
+            compiled = lowered.compile()
             assert compiled.as_text().count("tpu_custom_call") == 1, (case.name, role)
             weights = 4 * args[1].size
             beside = compiled.memory_analysis().temp_size_in_bytes

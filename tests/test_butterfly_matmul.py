@@ -24,6 +24,7 @@ from pallas_kernels.butterfly_matmul import (
     tpu,
     tpu_plan,
 )
+from pallas_kernels.compat import on_device
 from pallas_kernels.lab import traffic
 from pallas_kernels.monarch_matmul import monarch_matmul
 from pallas_kernels.tpu_chip import Chip
@@ -266,12 +267,15 @@ KERNELS = {
     "blocks_in_lanes": (4, 32, True, 128, jnp.float32),
     "blocks_in_lanes_decreasing": (4, 32, False, 128, jnp.bfloat16),
     "blocks": (2, 128, False, 128, jnp.bfloat16),
+    "blocks_in_steps": (2, 128, True, 500, jnp.float32),
     "large_blocks": (1, 256, True, 128, jnp.float32),
 }
 FAST = ("blocks",)
 
 
-def check_kernel(name):
+def check_kernel(name, monkeypatch):
+    if name.endswith("steps"):
+        monkeypatch.setattr(tpu_plan, "ROWS", (128,))
     stages, b, increasing, M, dtype = KERNELS[name]
     x, twiddle, dy = make(stages, b, (M,), dtype)
     # bfloat16: weights, values between products and results are rounded.
@@ -284,15 +288,15 @@ def check_kernel(name):
 @pytest.mark.parametrize(
     "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in KERNELS]
 )
-def test_kernel_numbers(name):
-    check_kernel(name)
+def test_kernel_numbers(name, monkeypatch):
+    check_kernel(name, monkeypatch)
 
 
 @pytest.mark.parametrize("increasing", [True, False])
 @pytest.mark.parametrize(("stages", "width"), [(4, 4), (5, 8), (7, 64)])
 def test_numbers_are_a_monarch_matrix(stages, width, increasing):
     x, twiddle, dy = make(stages)
-    right, left = as_monarch.factors(twiddle, increasing, width)
+    right, left = as_monarch.factors(twiddle[..., None, None], increasing, width)
     assert right.shape == left.shape == (2**stages // width, width, width)
     dense = monarch_matmul(jnp.eye(2**stages), right, left, precision="highest")
     y, dx, _ = expected(x, twiddle, dy, increasing)
@@ -355,7 +359,7 @@ def all_equations(jaxpr):
 @pytest.mark.parametrize(
     ("stages", "b", "M", "dtype", "reason"),
     [
-        (7, 0, 128, jnp.float32, "128 features, not 256 to 16384"),
+        (7, 0, 128, jnp.float32, "128 features, not 256 to 16384 of them"),
         (7, 3, 128, jnp.float32, "384 features in blocks of 3, no power of two"),
         (8, 0, 127, jnp.float32, "127 rows, fewer than 128"),
         (8, 0, 128, jnp.complex64, "dtype complex64"),
@@ -379,7 +383,7 @@ def test_on_a_tpu_the_kernels_are_in_the_program_and_a_fallback_is_said(recwarn)
         assert text.count("tpu_custom_call") == inside
     said = [str(w.message) for w in recwarn if "butterfly_matmul" in str(w.message)]
     assert said == [
-        "butterfly_matmul: not the tpu kernel but blockwise: 128 features, not 256 to 16384"
+        "butterfly_matmul: not the tpu kernel but blockwise: 128 features, not 256 to 16384 of them"
     ]
     x, twiddle, _ = make(8, 0, (128,))
     with pytest.raises(ValueError, match="needs a TPU; accepted elsewhere: None"):
@@ -400,7 +404,9 @@ def compile_cases(target, names):
             args = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), case.args_of(role)
             )
-            compiled = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+            with on_device(device):
+                lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",))
+            compiled = lowered.compile()
             assert compiled.as_text().count("tpu_custom_call") == 1, (case.name, role)
 
 

@@ -23,7 +23,7 @@ OF_BLOCKS = {f"butterfly_{kernel}" for kernel in ("y", "dx", "dtwiddle")}
     ("stages", "b", "dtype", "reason"),
     [
         (8, 0, jnp.bfloat16, None),
-        (7, 0, jnp.bfloat16, "128 features, not 256 to 16384"),
+        (7, 0, jnp.bfloat16, "128 features, not 256 to 16384 of them"),
         (3, 128, jnp.bfloat16, None),
         (3, 64, jnp.bfloat16, "blocks of 64 features, no multiple of 128"),
         (1, 512, jnp.bfloat16, "blocks of 512 features are too large for shared memory"),
@@ -59,7 +59,7 @@ def test_those_of_blocks_are_in_the_program_by_name():
 
 @pytest.mark.parametrize("features", [1024, 4096, 16384])
 def test_blocks_are_wide_enough_for_eight_features_each(features):
-    width = gpu._width(jax.ShapeDtypeStruct((64, features), jnp.bfloat16))
+    width = gpu.width(jax.ShapeDtypeStruct((64, features), jnp.bfloat16))
     assert width**2 // features >= 8
 
 
@@ -84,7 +84,7 @@ def parts(x, twiddle, increasing):
     dense = factors(twiddle, increasing)
     if twiddle.ndim == 6:
         return dense
-    within = int(np.log2(gpu._width(x)))
+    within = int(np.log2(gpu.width(x)))
     at = within if increasing else len(dense) - within
     multiplied = [functools.reduce(lambda a, b: b @ a, some) for some in (dense[:at], dense[at:])]
     return [rounded(m, x.dtype) for m in multiplied]

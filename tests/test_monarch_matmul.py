@@ -17,8 +17,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import interleave
+from pallas_kernels.compat import on_device
 from pallas_kernels.lab import traffic
 from pallas_kernels.monarch_matmul import blockwise, cases, monarch_matmul, tpu, tpu_plan
+from pallas_kernels.monarch_matmul.tpu_forward import over
 
 # K, p, q, L, r, s
 SQUARE = (4, 4, 4, 4, 4, 4)
@@ -194,9 +196,10 @@ def test_exchanges_of_lanes(blocks):
     assert np.asarray(found)[feature, place].all() and np.asarray(found).sum() == 128
 
 
-def interpret(sizes, M, dtype, monkeypatch, straight=True):
+def interpret(sizes, M, dtype, monkeypatch, straight=True, rows=tpu_plan.ROWS):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
+    monkeypatch.setattr(tpu_plan, "ROWS", rows)
     if not straight:
         monkeypatch.setattr(tpu_plan, "STRAIGHT_FLOPS", 0)
     x, right, left, bias, dy = make(sizes, (M,), dtype)
@@ -208,7 +211,7 @@ def interpret(sizes, M, dtype, monkeypatch, straight=True):
     assert not interpret_pallas_call.races.races_found
     exact = expected(x, right, left, dy)
     assert max(errors([y, *gradients], exact)) < (1e-6 if dtype == jnp.float32 else 6e-3)
-    # bfloat16 weights' gradients are those of z and dz rounded to it, summed in float32
+    # bfloat16 weights' gradients are sums in float32 of products of z and dz rounded to it
     final = tpu.forward(x, right, left, bias, "gelu", precision, params())
     wide = np.asarray(exact[0] + np.asarray(bias, np.float64), np.float32)
     (error,) = errors([final], [np.asarray(jax.nn.gelu(wide, approximate=True), np.float64)])
@@ -220,7 +223,7 @@ def test_kernels(monkeypatch):
 
 
 KERNELS = {
-    "float32": ((4, 128, 128, 4, 128, 128), 256, jnp.float32, True),
+    "steps": ((4, 128, 128, 4, 128, 128), 500, jnp.float32, True, (128,)),  # two on each core
     "two_tiles": ((2, 128, 256, 2, 256, 256), 512, jnp.bfloat16, True),
     "loops": ((4, 256, 128, 2, 256, 384), 256, jnp.bfloat16, False),
     "narrow": ((8, 128, 128, 2, 512, 128), 130, jnp.float32, False),
@@ -231,8 +234,8 @@ KERNELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_numbers(name, monkeypatch):
-    sizes, M, dtype, straight = KERNELS[name]
-    interpret(sizes, M, dtype, monkeypatch, straight)
+    sizes, M, dtype, *how = KERNELS[name]
+    interpret(sizes, M, dtype, monkeypatch, *how)
 
 
 @pytest.mark.slow
@@ -281,6 +284,20 @@ def test_on_a_tpu_the_kernels_are_in_the_program_and_a_fallback_is_said(recwarn)
         monarch_matmul(*make((2, 128, 128, 2, 128, 128), (128,))[:3], implementation="tpu")
 
 
+def test_mosaic_has_two_precisions_of_float32_and_is_asked_for_one_of_them():
+    x, right, left, _, dy = make((2, 128, 128, 2, 128, 128), (128,))
+    how = functools.partial(run, precision="high", implementation="tpu")
+    program = jax.jit(lambda *arrays: how(*arrays[:3], dy=arrays[3])).trace(x, right, left, dy)
+    assert "tpu_custom_call" in program.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_loops_of_products_that_are_longer_than_a_turn(monkeypatch):
+    monkeypatch.setattr(tpu_plan, "STRAIGHT_FLOPS", 0)
+    plan, widths = tpu_plan.Plan(512, 2, 8192, 256, 2, 256, 128, 512, 4, False), []
+    jax.make_jaxpr(lambda: over(plan, 2, 8192, 256, lambda *at: widths.append(at[2])))()
+    assert widths == [128]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_without_memory_beside_its_arrays(target):
@@ -296,7 +313,8 @@ def test_compiles_without_memory_beside_its_arrays(target):
         args = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), case.args[role]
         )
-        lowered = jax.jit(program.fn).trace(*args).lower(lowering_platforms=("tpu",))
+        with on_device(device):
+            lowered = jax.jit(program.fn).trace(*args).lower(lowering_platforms=("tpu",))
         weights = case.args[role][1].size + case.args[role][2].size
         sums = 2 * 4 * weights if role == "backward" else 0
         assert lowered.compile().memory_analysis().temp_size_in_bytes < sums + 2**20, role

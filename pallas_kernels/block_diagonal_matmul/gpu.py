@@ -6,7 +6,6 @@ once; permutations, bias and activation are passes of XLA. They need compute cap
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import hopper, hopper_blocks, hopper_weights
 from pallas_kernels.block_diagonal_matmul.permutation import Inverse, permuted
@@ -38,7 +37,7 @@ def forward(x, blocks, bias, inputs, outputs, activation, precision, machine=Mac
 
 def backward(x, blocks, bias, dy, inputs, outputs, activation, precision, machine=Machine()):
     """dx in x's dtype, gradients of blocks and bias (None without one) in float32."""
-    (K, p, q), M, x = blocks.shape, x.shape[0], permuted(x, inputs)
+    (K, p, q), x = blocks.shape, permuted(x, inputs)
     if activation is not None:
         y = permuted(_product("block_diagonal_y", x, blocks, machine), outputs)
         y = finish(y.astype(jnp.float32), bias, None)
@@ -47,20 +46,20 @@ def backward(x, blocks, bias, dy, inputs, outputs, activation, precision, machin
     dbias = None if bias is None else jnp.sum(dy, 0, dtype=jnp.float32)
     dy = permuted(dy, outputs and Inverse(outputs))
     dx = _product("block_diagonal_dx", dy, blocks.swapaxes(1, 2), machine)
-    starts = np.arange(K)[:, None] * np.array([p, q])
-    of = _whole(x), _whole(dy), starts, p, q
-    dblocks = hopper_weights.gradients("block_diagonal_dblocks", *of, machine=machine)
-    return permuted(dx, inputs and Inverse(inputs))[:M], dblocks, dbias
+    dblocks = hopper_weights.gradients(
+        "block_diagonal_dblocks",
+        hopper_blocks.whole_tiles(x),
+        hopper_blocks.whole_tiles(dy),
+        hopper_weights.diagonal(K, p, q),
+        p,
+        q,
+        machine=machine,
+    )
+    return permuted(dx, inputs and Inverse(inputs)), dblocks, dbias
 
 
 def _product(name, x, blocks, machine):
     """[M, K q], by blocks."""
-    rows = _whole(x)
+    rows = hopper_blocks.whole_tiles(x)
     at = hopper_blocks.plan(len(rows), *blocks.shape, machine.cores)
     return hopper_blocks.to_rows(name, rows, blocks, at, machine)[: len(x)]
-
-
-def _whole(x):
-    """Rows of zeros behind, to whole tiles."""
-    more = -x.shape[0] % TALL
-    return jnp.pad(x, ((0, more), (0, 0))) if more else x

@@ -22,6 +22,7 @@ from pallas_kernels.block_diagonal_matmul.layout import place_of
 from pallas_kernels.block_diagonal_matmul.tpu_plan import WIDTH, Plan
 from pallas_kernels.block_diagonal_matmul.tpu_sides import Side
 from pallas_kernels.epilogue import finish
+from pallas_kernels.tpu_dot import dot
 
 
 def unsupported(x, blocks, inputs, outputs, activation, backward) -> str | None:
@@ -216,14 +217,3 @@ def _lane_of(outputs, plan: Plan):
         return place
     block, feature = place // plan.q, place % plan.q
     return block * plan.q + np.argsort(order, 1)[block, feature]
-
-
-def dot(a, b, precision, of_a=1, of_b=0):
-    """a b in float32, contracted over these axes."""
-    if a.dtype == jnp.bfloat16 or precision in (None, "default", jax.lax.Precision.DEFAULT):
-        precision = None  # products of bfloat16 are exact whatever is asked for
-    else:
-        precision = jax.lax.Precision.HIGHEST  # the only other that Mosaic has
-    return jax.lax.dot_general(
-        a, b, (((of_a,), (of_b,)), ((), ())), precision, preferred_element_type=jnp.float32
-    )

@@ -32,6 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.block_sparse_matmul import tpu_plan
 from pallas_kernels.block_sparse_matmul.settings import Settings, activate, combine
 from pallas_kernels.tpu_chip import chip
+from pallas_kernels.tpu_dot import dot
 
 
 def forward(x, blocks, u, v, gamma, bias, settings: Settings, *, save: bool, interpret=False):
@@ -114,12 +115,12 @@ def _multiply(
 def _multiply_kernel(refs, *, plan, block, transposed, settings: Settings):
     x, blocks = refs["x"], refs["blocks"]
     bi, bo = block
-    dot = functools.partial(_dot, precision=_precision(x.dtype, settings))
+    product = functools.partial(dot, precision=settings.precision)
     stacked, contracted = (1, 1) if transposed else (0, 0)
     gamma = refs["gamma"][0, 0] if "gamma" in refs else None
     kept = refs.get("z", refs.get("low"))
     if kept is not None:
-        kept[...] = dot(x[...], refs["u"][...]).astype(kept.dtype)
+        kept[...] = product(x[...], refs["u"][...]).astype(kept.dtype)
 
     def read(live):
         return _beside([x[:, row * bi : (row + 1) * bi] for row, _ in live], 1)
@@ -128,14 +129,14 @@ def _multiply_kernel(refs, *, plan, block, transposed, settings: Settings):
         return _beside([blocks[number] for _, number in live], stacked)
 
     for group in plan:
-        sums = [dot(read(r), weights(r), of_b=contracted) if r else None for r in group.rest]
+        sums = [product(read(r), weights(r), of_b=contracted) if r else None for r in group.rest]
         total = _columns(sums, (x.shape[0], bo))
         if group.both[0]:
             wide = _beside([weights(live) for live in group.both], 1 - stacked)
-            shared = dot(read(group.both[0]), wide, of_b=contracted)
+            shared = product(read(group.both[0]), wide, of_b=contracted)
             total = shared if total is None else total + shared
         place = slice(group.first * bo, (group.first + len(sums)) * bo)
-        low = None if kept is None else dot(kept[...], refs["v"][:, place])
+        low = None if kept is None else product(kept[...], refs["v"][:, place])
         if total is None and low is None:
             total = jnp.zeros((x.shape[0], bo * len(sums)), jnp.float32)
         elif total is None:
@@ -184,7 +185,7 @@ def _gradients(x, dy, z, dz, shape, settings: Settings, has_bias, tile, interpre
         scratch={},
         grid={"parallel": shares, "arbitrary": steps},
         flops=2 * x.shape[0] * nnz * bi * bo,
-        moved=x.dtype.itemsize * (x.size + dy.size) + 4 * nnz * bi * bo,
+        moved=x.dtype.itemsize * (x.size + dy.size) + 4 * shares * nnz * bi * bo,
         interpret=interpret,
         name="block_sparse_matmul_dw",
     )
@@ -195,7 +196,7 @@ def _gradients(x, dy, z, dz, shape, settings: Settings, has_bias, tile, interpre
 def _gradients_kernel(refs, *, settings: Settings, block):
     x, dy = refs["x"], refs["dy"]
     bi, bo = block
-    dot = functools.partial(_dot, precision=_precision(x.dtype, settings), of_a=0, of_b=0)
+    of_rows = functools.partial(dot, precision=settings.precision, of_a=0, of_b=0)
     names = ("d_blocks", "du", "dv", "d_bias")
     sums = {name: refs[name].at[0] for name in names if name in refs}
 
@@ -207,12 +208,12 @@ def _gradients_kernel(refs, *, settings: Settings, block):
     for row, live in enumerate(settings.mask.rows):
         if live:
             met = _beside([dy[:, c * bo : (c + 1) * bo] for c, _ in live], 1)
-            part = dot(x[:, row * bi : (row + 1) * bi], met)
+            part = of_rows(x[:, row * bi : (row + 1) * bi], met)
             for i, (_, number) in enumerate(live):
                 sums["d_blocks"][number] += part[:, i * bo : (i + 1) * bo]
     if "du" in sums:
-        sums["du"][...] += dot(x[...], refs["dz"][...])
-        sums["dv"][...] += dot(refs["z"][...], dy[...])
+        sums["du"][...] += of_rows(x[...], refs["dz"][...])
+        sums["dv"][...] += of_rows(refs["z"][...], dy[...])
     if "d_bias" in sums:
         sums["d_bias"][...] += jnp.sum(dy[...].astype(jnp.float32), 0, keepdims=True)
 
@@ -275,17 +276,3 @@ def _pad(x, axis, multiple):
 
 def _beside(parts, axis):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
-
-
-def _precision(dtype, settings: Settings):
-    """bfloat16 products are exact whatever is asked for; Mosaic has no third way for float32."""
-    wanted = settings.precision
-    if dtype == jnp.bfloat16 or wanted in (None, jax.lax.Precision.DEFAULT):
-        return None
-    return jax.lax.Precision.HIGHEST
-
-
-def _dot(a, b, precision, of_a=1, of_b=0):
-    return jax.lax.dot_general(
-        a, b, (((of_a,), (of_b,)), ((), ())), precision, preferred_element_type=jnp.float32
-    )

@@ -33,15 +33,15 @@ def butterfly_matmul(
     factors, after a bit reversal (arXiv 1903.05895, 2112.00029 for blocks).
 
     Reverse-mode derivatives in x and twiddle. Sums are in float32 (float64 for float64). Factors of
-    neighbouring strides are multiplied with each other first, in float32, up to blocks of 32
-    features, on a TPU of 128, the lanes of a register, and then rounded to x's dtype: fewer and
-    larger products of matrices.
+    neighbouring strides are multiplied with each other first, in float32, and then rounded to x's
+    dtype: fewer and larger products of matrices. By XLA they make blocks of up to 32 features.
 
-    On a TPU it is one kernel each way: x is read and y written once. Factors of numbers are the two
-    of a Monarch matrix, rounded to x's dtype each, for n of 256 to 16,384; the block form takes b
-    or 128 / b a power of two in multiples of 128 lanes. On a Hopper GPU factors of numbers are
-    those of a Monarch matrix too, by its kernels; kernels for blocks, b 128 or 256, are had by
-    name, until they have been measured. Other shapes are done by XLA, said once.
+    On a TPU it is one kernel each way: x is read and y written once. Factors of numbers become the
+    two of a Monarch matrix, for n of 256 to 16,384 that fits on the chip; the block form takes b or
+    128 / b a power of two in multiples of 128 lanes, and factors within 128 lanes become one. On a
+    Hopper GPU factors of numbers are a Monarch matrix too, for n of 256 to 32,768, by its kernels;
+    kernels for blocks, b 128 or 256, are had by name, until they have been measured. Other shapes
+    are done by XLA, said once.
 
     Args:
       x: [..., n b], float32, bfloat16, float16, float64, complex64 or complex128; n a power of two.

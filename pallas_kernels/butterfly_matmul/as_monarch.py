@@ -26,7 +26,7 @@ from pallas_kernels.butterfly_matmul.compose import compose
 
 
 def factors(twiddle, increasing: bool, width: int):
-    """right and left, both [N / W, W, W] in float32 or wider, of twiddle [log2(N), N / 2, 2, 2].
+    """right and left, [N / W, W, W] in float32 or wider, of twiddle [log2(N), N / 2, 2, 2, 1, 1].
 
     Args:
       width: W, a power of two, W^2 at least N.
@@ -34,20 +34,19 @@ def factors(twiddle, increasing: bool, width: int):
     stages, N = twiddle.shape[0], 2 * twiddle.shape[1]
     within, R = width.bit_length() - 1, N // width
     small, large = (0, within) if increasing else (stages - within, 0)
-    full = twiddle[..., None, None] if twiddle.ndim == 4 else twiddle
-    right = compose(full, small, within, increasing).reshape(R, width, width)
-    joined = compose(full, large, stages - within, increasing).reshape(width // R, R, R, R)
+    right = compose(twiddle, small, within, increasing).reshape(R, width, width)
+    joined = compose(twiddle, large, stages - within, increasing).reshape(width // R, R, R, R)
     apart = jnp.eye(width // R, dtype=joined.dtype)  # feature s = j R + l of the joined is in l
     left = joined.transpose(1, 2, 0, 3)[:, :, :, :, None] * apart[:, None, :]  # l r j r' j'
     left = left.reshape(R, width, width)
     return (right, left) if increasing else (right.swapaxes(1, 2), left.swapaxes(1, 2))
 
 
-def unsupported(kernels, x, twiddle, increasing, width, backward) -> str | None:
+def unsupported(kernels, x, increasing, width, backward) -> str | None:
     """Why `kernels`, Monarch's of a platform, cannot do this; None where they can."""
     N = x.shape[1]
     if not 2 * width <= N <= width**2:
-        return f"{N} features, not {2 * width} to {width**2}"
+        return f"{N} features, not {2 * width} to {width**2} of them"
     shape = jax.ShapeDtypeStruct((N // width, width, width), x.dtype)
     return kernels.unsupported(x, shape, shape, backward, transposed=not increasing)
 
@@ -61,7 +60,8 @@ def forward(kernels, x, twiddle, increasing, precision, width, **how):
 
 
 def backward(kernels, x, twiddle, dy, increasing, precision, width, **how):
-    """dx in x's dtype and the gradient of twiddle."""
+    """dx in x's dtype and the gradient of twiddle, of right's and left's as the kernels have them:
+    on a TPU of one core rounded to x's dtype."""
     make = functools.partial(factors, increasing=increasing, width=width)
     weights, pull = jax.vjp(make, twiddle)
     rounded = (w.astype(x.dtype) for w in weights)

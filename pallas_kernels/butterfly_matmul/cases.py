@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.butterfly_matmul import gpu
 from pallas_kernels.butterfly_matmul.api import butterfly_matmul
 from pallas_kernels.lab import Case
 
@@ -15,15 +16,16 @@ def case(n: int, b: int = 1, increasing: bool = True, M: int = 8192) -> Case:
     other stage,
 
     FLOPs 2 M w forward and 4 M w backward, beside what the backward pass makes again; bytes
-    4 M N + 2 w forward, 6 M N + 6 w backward, where gradients of weights are float32.
+    4 M N + 2 w forward, 6 M N + 6 w backward, gradients of weights as float32.
     """
     N, stages = n * b, n.bit_length() - 1
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     x = of((M, N))
     twiddle = of((stages, n // 2, 2, 2, b, b) if b > 1 else (stages, n // 2, 2, 2))
     lanes = max(0, (128 // b).bit_length() - 1)
-    weights = (128 * N if lanes else 0) + 2 * N * max(b, 128) * (stages - lanes)
-    weights = 256 * N if b == 1 else weights
+    weights = 256 * N
+    if b > 1:
+        weights = (128 * N if lanes else 0) + 2 * N * max(b, 128) * (stages - lanes)
 
     def forward(x, twiddle):
         return butterfly_matmul(x, twiddle, increasing=increasing)
@@ -53,7 +55,7 @@ def on_hopper(n: int, b: int = 1, M: int = 8192) -> Case:
     x = of((M, N))
     twiddle = of((stages, n // 2, 2, 2, *((b, b) if b > 1 else ())))
     product = functools.partial(butterfly_matmul, implementation="gpu")
-    width = 2 * b if b > 1 else 256
+    width = 2 * b if b > 1 else gpu.width(x)
     once = 4.0 * M * N + 2.0 * N * width
 
     def backward(x, twiddle, dy):

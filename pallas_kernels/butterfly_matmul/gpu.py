@@ -21,8 +21,7 @@ def unsupported(x, twiddle, increasing, backward) -> str | None:
     """Why the kernels cannot do this; None where they can."""
     b = twiddle.shape[-1]
     if b == 1:
-        width = _width(x)
-        return as_monarch.unsupported(monarch, x, twiddle, increasing, width, backward)
+        return as_monarch.unsupported(monarch, x, increasing, width(x), backward)
     if (reason := hopper.unsupported(x.dtype)) is not None:
         return reason
     if b % TALL:
@@ -35,7 +34,7 @@ def unsupported(x, twiddle, increasing, backward) -> str | None:
 def forward(x, twiddle, increasing, precision, machine=Machine()):
     """y [M, N] of x [M, N]."""
     if twiddle.shape[-1] == 1:
-        how = increasing, precision, _width(x)
+        how = increasing, precision, width(x)
         return as_monarch.forward(monarch, x, twiddle, *how, machine=machine)
     *_, y = _values(x, twiddle, increasing, machine)
     return y[: len(x)]
@@ -44,9 +43,12 @@ def forward(x, twiddle, increasing, precision, machine=Machine()):
 def backward(x, twiddle, dy, increasing, precision, machine=Machine()):
     """dx and the gradient of twiddle in their dtype."""
     if twiddle.shape[-1] == 1:
-        how = increasing, precision, _width(x)
+        how = increasing, precision, width(x)
         return as_monarch.backward(monarch, x, twiddle, dy, *how, machine=machine)
-    values, dy = _values(x, twiddle[:-1], increasing, machine, len(twiddle)), _whole(dy)
+    values, dy = (
+        _values(x, twiddle[:-1], increasing, machine, len(twiddle)),
+        hopper_blocks.whole_tiles(dy),
+    )
     gradients = []
     for value, factor, stride in reversed(_steps(values, twiddle, increasing)):
         gradients.insert(0, _gradient(value, dy, factor.shape, stride, machine))
@@ -61,7 +63,7 @@ def _steps(values, twiddle, increasing):
 
 def _values(x, twiddle, increasing, machine, stages: int | None = None):
     """x in whole tiles and what each of the first factors, of `stages`, makes of it."""
-    found = [_whole(x)]
+    found = [hopper_blocks.whole_tiles(x)]
     of = strides(stages or len(twiddle), increasing)
     for factor, stride in zip(twiddle, of, strict=False):
         found.append(_product("butterfly_y", found[-1], _pairs(factor), stride, machine))
@@ -90,12 +92,6 @@ def _gradient(x, dy, shape, stride, machine):
     return found.swapaxes(1, 2).reshape(shape)
 
 
-def _whole(x):
-    """Rows of zeros behind, to whole tiles."""
-    more = -x.shape[0] % TALL
-    return jnp.pad(x, ((0, more), (0, 0))) if more else x
-
-
-def _width(x) -> int:
+def width(x) -> int:
     """Of Monarch's blocks: eight features or more of one go to a block of the other factor."""
     return next((w for w in (128, 256) if w * w >= 8 * x.shape[-1]), 512)

@@ -24,7 +24,7 @@ from pallas_kernels.monarch_matmul import tpu as monarch
 def unsupported(x, twiddle, increasing, backward) -> str | None:
     """Why the kernels cannot do this; None where they can."""
     if twiddle.shape[-1] == 1:
-        return as_monarch.unsupported(monarch, x, twiddle, increasing, LANES, backward)
+        return as_monarch.unsupported(monarch, x, increasing, LANES, backward)
     found = tpu_plan.plan(x, twiddle, increasing, backward)
     return found if isinstance(found, str) else None
 

@@ -7,8 +7,8 @@ of lanes comes before or after them.
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.block_diagonal_matmul.tpu import dot
 from pallas_kernels.butterfly_matmul.tpu_plan import LANES, Plan
+from pallas_kernels.tpu_dot import dot
 
 
 def forward(refs, *, plan: Plan, precision):
@@ -60,15 +60,16 @@ def _lanes(source, target, refs, plan: Plan, precision):
     """The product within each tile of lanes."""
     for t in range(plan.N // LANES):
         columns = pl.ds(t * LANES, LANES)
-        values = source[:, columns].astype(refs["lanes"].dtype)
-        target[:, columns] = dot(values, refs["lanes"][t], precision).astype(target.dtype)
+        target[:, columns] = dot(source[:, columns], refs["lanes"][t], precision).astype(
+            target.dtype
+        )
 
 
 def _lanes_back(source, gradient, target, refs, plan: Plan, precision):
     lanes, sums = refs["lanes"], refs["dlanes"]
     for t in range(plan.N // LANES):
         columns = pl.ds(t * LANES, LANES)
-        values, g = (a[:, columns].astype(lanes.dtype) for a in (source, gradient))
+        values, g = source[:, columns], gradient[:, columns]
         sums[0, t] += dot(values, g, precision, 0, 0)
         target[:, columns] = dot(g, lanes[t], precision, 1, 1).astype(target.dtype)
 

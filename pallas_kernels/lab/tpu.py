@@ -143,6 +143,7 @@ def _compile(fn, args, target: str, from_vectors: int | None) -> Report:
 _PRINTABLE = {
     "xla_tpu_enable_offloading_gather_to_sparsecore": "false",
     "xla_tpu_enable_offloading_scatter_to_sparsecore": "false",
+    "xla_tpu_offload_gather_to_sparsecore": "false",
 }
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.lab import Case, Program
 from pallas_kernels.lab.case import TPUS
-from pallas_kernels.monarch_matmul import tpu, tpu_plan, tpu_weights
+from pallas_kernels.monarch_matmul import tpu, tpu_plan
 from pallas_kernels.monarch_matmul.api import monarch_matmul
 
 
@@ -28,7 +28,7 @@ def _weights_once(x, right, left, *_):
     for name, direction in (("fwd", False), ("bwd", True)):
         plan = tpu_plan.plan(tpu.rows(x), right, left, x.dtype.itemsize, direction)
         if plan.straight:
-            turns = plan.inner // tpu_plan.LANES // tpu_weights.turn(plan)
+            turns = plan.inner // tpu_plan.LANES // plan.turn
             found[name] = (turns * plan.cores / plan.steps,)
     return found
 

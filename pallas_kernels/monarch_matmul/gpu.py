@@ -20,7 +20,6 @@ rows copied to a cluster of four took 112 us where four thread blocks that read 
 """
 
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import hopper, hopper_blocks, hopper_weights
 from pallas_kernels.epilogue import finish
@@ -84,7 +83,7 @@ class _Products:
         self.plans = _plans(x, right, left, machine)
 
     @property
-    def first(self):
+    def by_left(self):
         """right as [K, q, p], its features by the block of left to which they go."""
         (K, p, q), L = self.right.shape, len(self.left)
         return self.right.reshape(K, p, q // L, L).transpose(0, 3, 2, 1).reshape(K, q, p)
@@ -101,7 +100,7 @@ class _Products:
 
     def z(self, x):
         L, at = len(self.left), self.plans[0]
-        return hopper_blocks.to_features("monarch_z", x, self.first, L, at, self.machine)
+        return hopper_blocks.to_features("monarch_z", x, self.by_left, L, at, self.machine)
 
     def y(self, z):
         return hopper_blocks.to_rows("monarch_y", z, self.left, self.plans[1], self.machine)
@@ -111,7 +110,7 @@ class _Products:
         return hopper_blocks.to_features("monarch_dz", dy, self.left, K, at, self.machine)
 
     def dx(self, dz):
-        return hopper_blocks.to_rows("monarch_dx", dz, self.first, self.plans[3], self.machine)
+        return hopper_blocks.to_rows("monarch_dx", dz, self.by_left, self.plans[3], self.machine)
 
     def dleft(self, z, dy):
         return self._gradients("monarch_dleft", z, dy, *self.left.shape)
@@ -122,8 +121,7 @@ class _Products:
         return found.reshape(K, p, L, q // L).swapaxes(2, 3).reshape(K, p, q)
 
     def _gradients(self, name, a, b, n, P, Q):
-        """Block i of n begins at column i P of a and i Q of b."""
-        starts = np.arange(n)[:, None] * np.array([P, Q])
+        starts = hopper_weights.diagonal(n, P, Q)
         return hopper_weights.gradients(name, a, b, starts, P, Q, machine=self.machine)
 
 
@@ -137,6 +135,4 @@ def _plans(x, right, left, machine):
 
 def _rows(x):
     """[M, I], M in whole tiles."""
-    flat = x.reshape(-1, x.shape[-1])
-    more = -flat.shape[0] % TALL
-    return jnp.pad(flat, ((0, more), (0, 0))) if more else flat
+    return hopper_blocks.whole_tiles(x.reshape(-1, x.shape[-1]))

@@ -16,7 +16,6 @@ from jax.experimental import pallas as pl
 from pallas_kernels.interleave import LANES, WORDS, aligned, collect, pack, tile, unpack
 from pallas_kernels.monarch_matmul.tpu_call import call
 from pallas_kernels.monarch_matmul.tpu_forward import (
-    dot,
     exchange_all,
     first_product,
     join,
@@ -25,6 +24,7 @@ from pallas_kernels.monarch_matmul.tpu_forward import (
     tile_of,
 )
 from pallas_kernels.monarch_matmul.tpu_plan import Plan
+from pallas_kernels.tpu_dot import dot
 
 
 def backward(x, right, left, dy, plan: Plan, precision, interpret=False):
@@ -68,8 +68,8 @@ def second_back(state, of, plan: Plan, precision):
         at = pl.ds(column, width)
         if plan.backward:
             z = join([state["z"][:, tile(i * plan.L + block)] for i in tiles], dtype)
-            state["dleft"][block, at, :] += dot(z, dy, precision, ((0,), (0,)))
-        dz = dot(dy, state["left"][block, at, :], precision, ((1,), (1,)))
+            state["dleft"][block, at, :] += dot(z, dy, precision, 0, 0)
+        dz = dot(dy, state["left"][block, at, :], precision, 1, 1)
         for n, i in enumerate(tiles):
             put(state["z"], (i * plan.L + block) * LANES, dz[:, n * LANES : (n + 1) * LANES], dtype)
 
@@ -84,9 +84,9 @@ def first_back(x, dx, state, plan: Plan, precision):
         dz = unpack(state["z"][:, pl.ds(aligned(block * plan.q), plan.q)], dtype)
         at, columns = pl.ds(column, width), pl.ds(aligned(block * plan.p + column), width)
         if x is not None:
-            state["dright"][block, at, :] += dot(x[:, columns], dz, precision, ((0,), (0,)))
+            state["dright"][block, at, :] += dot(x[:, columns], dz, precision, 0, 0)
         if dx is not None:
-            found = dot(dz, state["right"][block, at, :], precision, ((1,), (1,)))
+            found = dot(dz, state["right"][block, at, :], precision, 1, 1)
             dx[:, columns] = found.astype(dtype)
 
     over(plan, plan.K, 2 * plan.q, plan.p, product)

@@ -58,9 +58,9 @@ def call(
         refs = dict(zip((*arrays, *shapes), refs, strict=True))
         first, last = (pl.program_id(1) == i for i in (0, plan.steps // plan.cores - 1))
         pl.when(first)(lambda: tpu_weights.load(refs["right"], refs["left"], state, plan))
-        for first in range(0, plan.rows, plan.chunk):
-            rows, packed = (pl.ds(first // n, plan.chunk // n) for n in (1, plan.packed))
-            part = {k: ref.at[rows] if k in by_rows else ref for k, ref in refs.items()}
+        for start in range(0, plan.rows, plan.chunk):
+            at, packed = (pl.ds(start // n, plan.chunk // n) for n in (1, plan.packed))
+            part = {k: ref.at[at] if k in by_rows else ref for k, ref in refs.items()}
             held = {k: ref.at[packed] if k in words else ref for k, ref in state.items()}
             body(part, held, plan._replace(rows=plan.chunk))
         if plan.backward:

@@ -30,6 +30,7 @@ from pallas_kernels.interleave import (
 )
 from pallas_kernels.monarch_matmul.tpu_call import call
 from pallas_kernels.monarch_matmul.tpu_plan import Plan
+from pallas_kernels.tpu_dot import dot
 
 # Of a turn of a loop of products: 4,096 bundles on a v5e.
 TURN_FLOPS = 2**29
@@ -112,29 +113,23 @@ def join(tiles, dtype):
     return unpack(jnp.concatenate(tiles, axis=1), dtype)
 
 
-def dot(a, b, precision, contract=((1,), (0,))):
-    """a b in float32."""
-    return lax.dot_general(
-        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
 def over(plan: Plan, blocks, depth, columns, product):
     """product(block, column, width) over all columns of all blocks, whose products are this deep.
 
     In a loop, of as many FLOPs a turn as hide its start and end, for in one straight piece of code
     the registers of the exchanges and of the products get into each other's way.
     """
-    one = 2 * plan.rows * depth
-    width = next(w for w in range(columns, 0, -LANES) if columns % w == 0 and one * w <= TURN_FLOPS)
-    chunks = columns // width
-    turn = next(n for n in (8, 4, 2, 1) if blocks % n == 0 and n * one * width <= TURN_FLOPS)
-    turn = turn if chunks == 1 else 1
-
     if plan.straight:
         for block in range(blocks):
             product(block, 0, columns)
         return
+
+    one = 2 * plan.rows * depth
+    widths = (w for w in range(columns, 0, -LANES) if columns % w == 0 and one * w <= TURN_FLOPS)
+    width = next(widths, LANES)
+    chunks = columns // width
+    turns = (n for n in (8, 4, 2) if blocks % n == 0 and n * one * width <= TURN_FLOPS)
+    turn = next(turns, 1) if chunks == 1 else 1
 
     def body(i, _):
         column = aligned(lax.rem(i, chunks) * width) if chunks > 1 else 0

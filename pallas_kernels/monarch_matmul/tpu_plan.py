@@ -83,6 +83,11 @@ class Plan(NamedTuple):
         return min(self.rows, CHUNK) if parts else self.rows
 
     @property
+    def turn(self) -> int:
+        """Tiles of weights that are ordered together: start and end of one hide behind others."""
+        return next(n for n in (4, 2, 1) if self.inner // LANES % n == 0)
+
+    @property
     def flops(self) -> int:
         """Of the forward product."""
         return 2 * self.M * self.weights
@@ -95,9 +100,9 @@ class Plan(NamedTuple):
     @property
     def vmem(self) -> int:
         """Bytes of the windows, twice, the scratch and the prepared weights."""
-        staging = 2 * LANES * (self.p + self.s) * self.itemsize
+        staging = 2 * self.turn * LANES * (self.p + self.s) * self.itemsize
         windows = 2 * (self.inputs + self.outputs)
-        held, gradients = self.inner + self.outputs, 0
+        held, gradients = self.inner + self.outputs, 0  # in a backward pass registers put out, too
         if self.backward:
             windows += 2 * (self.outputs if self.transposed else self.inputs)
             held += self.outputs if self.transposed else self.inner

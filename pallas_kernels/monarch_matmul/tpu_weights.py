@@ -16,14 +16,9 @@ from pallas_kernels.interleave import LANES, exchange_order, exchanged_rows, spr
 from pallas_kernels.monarch_matmul.tpu_plan import Plan
 
 
-def turn(plan: Plan) -> int:
-    """Tiles that are ordered together, so that one's start and end hide behind the others'."""
-    return next(n for n in (4, 2, 1) if plan.inner // LANES % n == 0)
-
-
 def scratch(plan: Plan, dtype) -> dict:
     """Scratch memory: the ordered weights, and buffers of the copies."""
-    slots = 2 * turn(plan)
+    slots = 2 * plan.turn
     return {
         "right": pltpu.VMEM((plan.K, plan.p, plan.q), dtype),
         "left": pltpu.VMEM((plan.L, plan.r, plan.s), dtype),
@@ -38,7 +33,7 @@ def load(right_hbm, left_hbm, state, plan: Plan) -> None:
 
     There are as many tiles of columns in right as of rows in left.
     """
-    each, count = turn(plan), plan.inner // LANES
+    each, count = plan.turn, plan.inner // LANES
 
     def copies(t, slot):
         pieces = (right_hbm, column_tile(t, plan), "columns"), (left_hbm, row_tile(t, plan), "rows")
@@ -106,7 +101,7 @@ def store(state, dright, dleft, plan: Plan) -> None:
 
 def _restore(state, right, left, plan: Plan) -> None:
     """Puts state["dright"] and state["dleft"] in true order into `right` and `left`."""
-    each, count = turn(plan), plan.inner // LANES
+    each, count = plan.turn, plan.inner // LANES
 
     def body(i, _):
         for j in range(each):
