@@ -12,9 +12,9 @@ bfloat16 at M 8192, predicted beside a kernel whose larger strides were sums of 
 0.0.52, microseconds, v5e / v5p / v6e):
 
                             those sums          so
-    4096, forward        165 /  55 / 103    165 /  54 /  84
-    4096, backward       470 / 200 / 339    331 / 142 / 151
-    1024, backward        85 /  37 /  62     79 /  34 /  41
+    4096, forward        165 /  55 / 103    166 /  52 /  83
+    4096, backward       470 / 200 / 339    287 / 131 / 135
+    1024, backward        85 /  37 /  62     66 /  31 /  34
 """
 
 import functools
