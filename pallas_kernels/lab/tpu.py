@@ -107,22 +107,34 @@ def compile_tpu(
     return _compile(fn, args, target, from_vectors)
 
 
-def _compile(fn, args, target: str, from_vectors: int | None) -> Report:
-    import jax
+def on_target(target: str):
+    """A context in which the plan of a kernel is that for the target."""
+    from pallas_kernels.compat import on_device
+
+    return on_device(_device(target))
+
+
+def _device(target: str):
     from jax.experimental import topologies
 
-    from pallas_kernels.compat import on_device, pallas_calls
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology(target))
+    return found.devices[0]
+
+
+def _compile(fn, args, target: str, from_vectors: int | None) -> Report:
+    import jax
+
+    from pallas_kernels.compat import pallas_calls
     from pallas_kernels.lab.follow import follow
 
     _clear(_dumps)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology(target)).devices
-    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+    sharding = jax.sharding.SingleDeviceSharding(_device(target))
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tuple(args)
     )
     stage = "trace"
     try:
-        with on_device(devices[0]):
+        with on_target(target):
             traced = jax.jit(lambda *a: fn(*a)).trace(*placed)
             stage = "lower"
             lowered = traced.lower(lowering_platforms=("tpu",))

@@ -108,7 +108,8 @@ def _compile(job: Job, case: Case, program: Program) -> list[Row]:
     args = case.args_of(job.role)
     if chip(job.target).flops_per_cycle:
         report = tpu.compile_tpu(program, args, job.target, program.from_vectors)
-        rows = [tpu_row(case, program, kernel, **what) for kernel in report.kernels]
+        with tpu.on_target(job.target):
+            rows = [tpu_row(case, program, kernel, **what) for kernel in report.kernels]
     else:
         report = gpu.compile_gpu(program, args)
         rows = [gpu.gpu_row(case, program, kernel, **what) for kernel in report.kernels]
