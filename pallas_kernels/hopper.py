@@ -24,7 +24,8 @@ DEPTH = 64  # of a stage of the ring: 128 bytes of bfloat16, the widest swizzle
 COMPUTE = 2  # warpgroups that compute; one more copies
 CORES = 132  # streaming multiprocessors of an H100 or H200 (SXM)
 # Registers of a thread: 168 each at the start, moved from who copies to who computes. With 224 and
-# 56 `hopper_blocks.to_features` puts 32 bytes out to memory.
+# 56, with which all that is recorded of an H200 was measured, `hopper_blocks.to_features` puts 32
+# bytes out to memory; with these no kernel of the laboratory does.
 COMPUTING, COPYING = 232, 40
 # Bytes of shared memory of a thread block, less 2 KB for barriers and alignment.
 SHARED = 232_448 - 2048

@@ -1,8 +1,8 @@
 """The backward pass on a TPU: gradients of x and of both factors in one visit of a row tile.
 
 The inner features are computed again, which costs a fifth of the products and saves M K q elements
-of memory, and of traffic both ways. Kept by the forward pass they would win where blocks are large
-alone: forward and backward together, microseconds computed again and kept (static schedule, libtpu
+of memory, and of traffic both ways. Kept by the forward pass they win where blocks are large:
+forward and backward together, microseconds computed again and kept (static schedule, libtpu
 0.0.52), v6e 4096 by 4 576 and 508, 4096 by 8 316 and 319; v5e 4096 by 16 624 and 659.
 
 Gradients of the factors are added up on chip in float32, by core, in the order of features of
