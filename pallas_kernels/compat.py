@@ -77,10 +77,14 @@ def on_device(device: jax.Device):
         return contextlib.nullcontext()
 
 
-def tpu_memory_and_cores() -> tuple[int, int] | None:
-    """VMEM bytes of a core of the TPU that is traced for, and its cores; None where it is none."""
+def tpu_facts() -> tuple[int, int, float] | None:
+    """VMEM bytes of a core of the TPU that is traced for, its cores, bfloat16 FLOPs a byte of HBM.
+
+    None where it is none.
+    """
     try:
         about = pltpu.get_tpu_info()
-        return about.vmem_capacity_bytes, about.num_cores
+        ridge = about.bf16_ops_per_second / about.mem_bw_bytes_per_second
+        return about.vmem_capacity_bytes, about.num_cores, ridge
     except (AttributeError, ValueError):  # no TPU, or a JAX that cannot tell
         return None

@@ -9,10 +9,12 @@ class Chip(NamedTuple):
     """A chip as one program sees it; by default of v5e, v5p and v6e the least memory, most cores.
 
     vmem: bytes on chip, of a core. cores: that share a grid with a "parallel" dimension.
+    ridge: FLOPs in bfloat16 in the time of a byte of HBM; None where the chip is not known.
     """
 
     vmem: int = 64 * 2**20
     cores: int = 2
+    ridge: float | None = None
 
     @property
     def planned(self) -> int:
@@ -35,5 +37,5 @@ def chip() -> Chip:
     Where neither is a TPU, as where a program is compiled on a CPU for another machine and no mesh
     is set, it is `Chip()`, whose plans fit those three.
     """
-    known = compat.tpu_memory_and_cores()
+    known = compat.tpu_facts()
     return Chip() if known is None else Chip(*known)

@@ -3,8 +3,11 @@
 The kernels run in Pallas' TPU interpreter with race detection and memory that starts as NaN.
 """
 
+import contextlib
 import functools
+import itertools
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +22,10 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import interleave
 from pallas_kernels.compat import on_device
 from pallas_kernels.lab import traffic
+from pallas_kernels.lab.tpu import on_target
 from pallas_kernels.monarch_matmul import blockwise, cases, monarch_matmul, tpu, tpu_plan
 from pallas_kernels.monarch_matmul.tpu_forward import over
+from pallas_kernels.tpu_chip import Chip
 
 # K, p, q, L, r, s
 SQUARE = (4, 4, 4, 4, 4, 4)
@@ -238,6 +243,93 @@ def test_kernel_numbers(name, monkeypatch):
     interpret(sizes, M, dtype, monkeypatch, *how)
 
 
+@pytest.fixture
+def keeping(monkeypatch):
+    """A chip on which z is kept, two parts of rows a step; the backward pass in stages if asked."""
+
+    def set_up(in_stages, cores=1):
+        monkeypatch.setattr(tpu_plan, "chip", lambda: Chip(128 * 2**20, cores, ridge=1.0))
+        monkeypatch.setattr(tpu_plan, "ROWS", (256, 128))
+        monkeypatch.setattr(tpu_plan, "CHUNK", 128)
+        if in_stages:
+            staged = lambda *args: tpu_plan.plan(*args, False, transposed=True, kept=True)  # noqa: E731
+            monkeypatch.setattr(tpu_plan, "kept_backward", staged)
+
+    jax.clear_caches()
+    yield set_up
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("cores", "dtype"),
+    [(1, jnp.bfloat16), pytest.param(2, jnp.float32, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("in_stages", [False, True])
+def test_kernels_that_keep_what_is_between_the_factors(in_stages, cores, dtype, keeping):
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    keeping(in_stages, cores)
+    x, right, left, _, dy = make((2, 128, 256, 4, 128, 256), (512,), dtype)
+    assert tpu.keeps(x, right, left)
+    backward = tpu_plan.kept_backward(512, right, left, x.dtype.itemsize)
+    assert backward.backward != in_stages and backward.steps == 2
+    precision = jax.lax.Precision.HIGHEST
+    y, z = tpu.forward(x, right, left, None, None, precision, params(), keep=True)
+    assert (z.shape, z.dtype) == tpu.kept(x, right)
+    gradients = tpu.backward(x, right, left, dy, precision, params(), z=z)
+    assert not interpret_pallas_call.races.races_found
+    found = errors([y, *gradients], expected(x, right, left, dy))
+    assert max(found) < (1e-6 if dtype == jnp.float32 else 6e-3)
+
+
+@pytest.mark.parametrize("in_stages", [False, True])
+def test_what_is_kept_goes_from_one_pass_to_the_other(in_stages, keeping, capsys):
+    """In a program for a TPU, and under `jax.checkpoint`; elsewhere nothing depends on it."""
+    keeping(in_stages)
+    x, right, left, _, dy = make((2, 128, 128, 2, 128, 128), (512,))
+    both = lambda *arrays: run(*arrays[:3], dy=arrays[3])  # noqa: E731
+    program = jax.jit(both).trace(x, right, left, dy).lower(lowering_platforms=("tpu",)).as_text()
+    backward = ["dx_kept", "sum_right", "sum_left"] if in_stages else ["bwd_kept"]
+    names = set(re.findall(r'kernel_name = "(\w+)"', program))
+    assert names == {f"monarch_{name}" for name in ("fwd_kept", *backward)}
+    product = jax.checkpoint(lambda *arrays: monarch_matmul(*arrays))
+    again = jax.jit(lambda *arrays: jax.vjp(product, *arrays[:3])[1](arrays[3]))
+    assert "kept" in again.trace(x, right, left, dy).lower(lowering_platforms=("tpu",)).as_text()
+    assert max(errors(both(x, right, left, dy), expected(x, right, left, dy))) < 1e-6
+    jax.ad_checkpoint.print_saved_residuals(monarch_matmul, x, right, left)
+    assert "monarch_z" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("target", "least"), [("v5e", 512), ("v5p", 256), ("v6e", 1024), (None, 4096)]
+)
+def test_the_chip_says_from_which_blocks_on_what_is_between_is_kept(target, least):
+    pytest.importorskip("libtpu")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held
+    of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    with on_target(target) if target else contextlib.nullcontext():
+        for M, size in itertools.product((8192, 8192 + 256), (128, 256, 512, 1024)):
+            weights = of((4, size, size))
+            kept = tpu.keeps(of((2, M // 2, 4 * size)), weights, weights)
+            assert kept == (size >= least and M == 8192), (M, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["2048 by 8", "8192 by 8"])
+def test_what_is_kept_crosses_memory_once_each_way(name):
+    pytest.importorskip("libtpu")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held
+    case = next(c for c in cases.CASES if c.name == name)
+    with on_target("v5p"):
+        rows = traffic(cases.backward, *case.args["backward"])
+    for row in rows:
+        right = case.hbm_bytes_of("backward", row.kernel)
+        if "bwd" in row.kernel:  # in float32, of each of two cores
+            right += (2 * 4 - 2) * case.flops["forward"] / (2 * 8192)
+        assert row.moved == pytest.approx(right, rel=0.02), row.kernel
+    assert len(rows) == (2 if name == "2048 by 8" else 4)
+
+
 @pytest.mark.slow
 def test_x_is_read_and_y_written_once():
     """By the windows of the grid, where the weights, which the kernels copy themselves, are one."""
@@ -301,7 +393,10 @@ def test_loops_of_products_that_are_longer_than_a_turn(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_without_memory_beside_its_arrays(target):
-    """So z is nowhere but on the chip; the backward pass has the factors' sums by core."""
+    """So z is nowhere but on the chip; the backward pass has the factors' sums by core.
+
+    On a v5p the program of both passes keeps z between them, and y, which here nobody reads.
+    """
     pytest.importorskip("libtpu")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held
     from jax.experimental import topologies
@@ -316,8 +411,10 @@ def test_compiles_without_memory_beside_its_arrays(target):
         with on_device(device):
             lowered = jax.jit(program.fn).trace(*args).lower(lowering_platforms=("tpu",))
         weights = case.args[role][1].size + case.args[role][2].size
+        kept = 2 * 2 * 8192 * 2048 if role == "backward" and "v5p" in target else 0
         sums = 2 * 4 * weights if role == "backward" else 0
-        assert lowered.compile().memory_analysis().temp_size_in_bytes < sums + 2**20, role
+        used = lowered.compile().memory_analysis().temp_size_in_bytes
+        assert kept <= used < kept + sums + 2**20, role
 
 
 # ---- layout, wrong input

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import dispatch, mesh
 from pallas_kernels.epilogue import finish
@@ -37,10 +38,12 @@ def monarch_matmul(
     float32 (float64 for float64), gradients of the factors summed before they are rounded.
 
     On a TPU it is one kernel each way: x is read and y written once, in their true order, and z
-    stays on chip. It takes p, q, r and s that are multiples of 128, L a power of two, and weights
-    that fit on the chip; other shapes are two batched products by XLA, said once. On a Hopper GPU
-    it is two kernels, z between them in memory, and a pass of XLA that puts y in order; `gpu` says
-    which shapes they take.
+    stays on chip. Where blocks are so large that its way to memory costs no time, z is kept for the
+    backward pass, which has one product of five less to do; `jax.checkpoint` and its policies, for
+    which it is named "monarch_z", make it again. It takes p, q, r and s that are multiples of 128,
+    L a power of two, and weights that fit on the chip; other shapes are two batched products by
+    XLA, said once. On a Hopper GPU it is two kernels, z between them in memory, and a pass of XLA
+    that puts y in order; `gpu` says which shapes they take.
 
     Args:
       x: [..., K p], float32, bfloat16, float16 or float64.
@@ -120,18 +123,25 @@ def _matmul(implementation, activation, precision, x, right, left, bias):
 
 
 def _forward(implementation, activation, precision, x, right, left, bias):
-    y = _run("forward", implementation, activation, precision, x, right, left, bias)
-    return y, (x, right, left, bias)
+    arrays, z = (x, right, left, bias), None
+    run = functools.partial(_run, "forward", implementation, activation, precision)
+    if implementation in (None, "tpu") and not dispatch.manual(arrays) and tpu.keeps(*arrays[:3]):
+        y, z = run(*arrays, keep=True)
+        z = checkpoint_name(z, "monarch_z")
+    else:
+        y = run(*arrays)
+    return y, (*arrays, z)
 
 
 def _backward(implementation, activation, precision, residuals, dy):
-    x, right, left, bias = residuals
+    x, right, left, bias, z = residuals
     if activation is not None:
         y = _run("forward", implementation, None, precision, x, right, left, bias)
         wide = jnp.promote_types(y.dtype, jnp.float32)
         _, pull = jax.vjp(lambda y: finish(y, None, activation), y.astype(wide))
         dy = pull(dy.astype(wide))[0].astype(y.dtype)
-    dx, dright, dleft = _run("backward", implementation, None, precision, x, right, left, dy)
+    run = functools.partial(_run, "backward", implementation, None, precision)
+    dx, dright, dleft = run(x, right, left, dy, z)
     dbias = None
     if bias is not None:
         wide = jnp.promote_types(dy.dtype, jnp.float32)
@@ -142,24 +152,37 @@ def _backward(implementation, activation, precision, residuals, dy):
 _matmul.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run(direction, implementation, activation, precision, x, right, left, last):
-    """`forward` (last is the bias) or `backward` (last is dy) of an implementation."""
-    arrays = (x, right, left, last)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="keep")
+def _run(
+    direction, implementation, activation, precision, x, right, left, last, z=None, keep=False
+):
+    """`forward` (last is the bias) or `backward` (last is dy) of an implementation.
+
+    keep: y and z, which a later `backward` is given. Only TPU kernels make it and need it.
+    """
+    arrays = (x, right, left, last) + (() if z is None else (z,))
     options = {"precision": precision}
     if direction == "forward":
         options["activation"] = activation
-    call = functools.partial(_call, direction, options)
+    call = functools.partial(_call, direction, options, keep)
     on_cpu = functools.partial(call, blockwise, platform="cpu")
     elsewhere = functools.partial(call, blockwise, platform="accelerator")
     kernels = {}
     for platform, name, module in (("tpu", "tpu", tpu), ("cuda", "gpu", gpu)):
-        reason = module.unsupported(x, right, left, direction == "backward")
+        reason = None
+        if module is gpu or not (keep or z is not None):
+            reason = module.unsupported(x, right, left, direction == "backward")
         if dispatch.manual(arrays):
             reason = "inside shard_map a kernel needs check_vma=False"
         kernels[platform] = dispatch.Kernel(name, functools.partial(call, module), reason)
     return dispatch.choose("monarch_matmul", implementation, arrays, on_cpu, elsewhere, kernels)
 
 
-def _call(direction, options, module, *arrays, **more):
-    return getattr(module, direction)(*arrays, **options, **more)
+def _call(direction, options, keep, module, x, right, left, last, z=None, **more):
+    options = options | more
+    if module is tpu:
+        options |= {"keep": keep} if direction == "forward" else {"z": z}
+    found = getattr(module, direction)(x, right, left, last, **options)
+    if keep and module is not tpu:
+        return found, jnp.zeros(*tpu.kept(x, right))
+    return found

@@ -36,7 +36,9 @@ def _weights_once(x, right, left, *_):
 def case(name: str, M: int, K: int, p: int, q: int, L: int, r: int, s: int) -> Case:
     """bfloat16. A product with both factors takes 2 M (K p q + L r s), the backward pass two.
 
-    On a GPU these are kernels for z and y, and for z, dz, dx and each factor's gradient.
+    Where a TPU keeps z the backward program has that forward pass too, and its own part in one
+    kernel or in three. On a GPU these are kernels for z and y, and for z, dz, dx and each factor's
+    gradient.
     """
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     args = of((M, K * p)), of((K, p, q)), of((L, r, s))
@@ -56,6 +58,14 @@ def case(name: str, M: int, K: int, p: int, q: int, L: int, r: int, s: int) -> C
     }
     for sizes in (products, moved):
         sizes |= {"fwd": sizes["forward"], "bwd": sizes["backward"]}
+    products |= {"dx_kept": first + second, "sum_right": first, "sum_left": second}
+    moved |= {
+        "fwd_kept": moved["fwd"] + z,
+        "bwd_kept": moved["bwd"] + z,
+        "dx_kept": x + z + 2 * y + first + second,
+        "sum_right": x + z + first,
+        "sum_left": z + y + second,
+    }
     return Case(
         name=name,
         kernels={

@@ -1,9 +1,7 @@
 """The backward pass on a TPU: gradients of x and of both factors in one visit of a row tile.
 
-The inner features are computed again, which costs a fifth of the products and saves M K q elements
-of memory, and of traffic both ways. Kept by the forward pass they win where blocks are large:
-forward and backward together, microseconds computed again and kept (static schedule, libtpu
-0.0.52), v6e 4096 by 4 576 and 508, 4096 by 8 316 and 319; v5e 4096 by 16 624 and 659.
+The inner features are computed again, which costs a fifth of the products, or come from the forward
+pass, which costs M K q elements of memory, and of traffic both ways: `tpu_plan.keeps` says where.
 
 Gradients of the factors are added up on chip in float32, by core, in the order of features of
 `tpu_weights`, and put into their true order in the last step. There a chip of one core rounds them,
@@ -27,19 +25,30 @@ from pallas_kernels.monarch_matmul.tpu_plan import Plan
 from pallas_kernels.tpu_dot import dot
 
 
-def backward(x, right, left, dy, plan: Plan, precision, interpret=False):
-    """dx [M, K p], dright [cores, K, p, q], dleft [cores, L, r, s]: see `call`."""
+def backward(x, right, left, dy, z, plan: Plan, precision, interpret=False):
+    """dx [M, K p], dright [cores, K, p, q], dleft [cores, L, r, s]: see `call`.
 
-    def body(refs, state, plan):
-        collect_all(refs["dy"], state["dy"], plan)
-        first_product(refs["x"], state, plan, precision)
-        exchange_all(state["z"], plan)
-        second_back(state, "dy", plan, precision)
-        exchange_all(state["z"], plan)  # now dz, and back
-        first_back(refs["x"], refs["dx"], state, plan, precision)
+    z: the words that the forward pass kept, where the plan keeps them, or None.
+    """
+
+    def body(refs, plan):
+        collect_all(refs["dy"], refs["dy_apart"], plan)
+        yield
+        if not plan.kept:
+            first_product(refs, "x", plan, precision)
+            yield
+            exchange_all(refs["z"], plan)
+            yield
+        second_back(refs, "dy_apart", "kept" if plan.kept else "z", plan, precision)
+        yield
+        exchange_all(refs["z"], plan)  # now dz, and back
+        yield
+        first_back(refs, "x", "dx", plan, precision)
 
     arrays = {"x": x, "right": right, "left": left, "dy": dy}
-    words = {"z": plan.inner, "dy": plan.outputs}
+    if plan.kept:
+        arrays["kept"] = z
+    words = {"z": plan.inner, "dy_apart": plan.outputs}
     found = call(body, "monarch_bwd", arrays, ("dx", plan.inputs), words, plan, interpret)
     return found["dx"], found["dright"], found["dleft"]
 
@@ -54,39 +63,44 @@ def collect_all(dy, words, plan: Plan):
                 words[pl.ds(row, WORDS), tile(i * plan.s // LANES + group)] = collected
 
 
-def second_back(state, of, plan: Plan, precision):
-    """Of the blocks of outputs in state[of] the gradient of z, exchanged, in place of z.
+def second_back(refs, of, z, plan: Plan, precision):
+    """Of the blocks of outputs in refs[of] the gradient of z, exchanged, into refs["z"].
 
-    In a backward pass z is there before, and the gradient of left is added up.
+    And the gradient of left of the inner features in refs[z], which may be the same; not where z is
+    None.
     """
-    dtype = state["left"].dtype
+    dtype = refs["left"].dtype
 
     def product(block, column, width):
         # `width` of the block's rows, that is of its features in z, and all of its columns.
         tiles = [tile_of(column) + i for i in range(width // LANES)]
-        dy = unpack(state[of][:, pl.ds(aligned(block * plan.s), plan.s)], dtype)
+        dy = unpack(refs[of][:, pl.ds(aligned(block * plan.s), plan.s)], dtype)
         at = pl.ds(column, width)
-        if plan.backward:
-            z = join([state["z"][:, tile(i * plan.L + block)] for i in tiles], dtype)
-            state["dleft"][block, at, :] += dot(z, dy, precision, 0, 0)
-        dz = dot(dy, state["left"][block, at, :], precision, 1, 1)
+        if z is not None:
+            inner = join([refs[z][:, tile(i * plan.L + block)] for i in tiles], dtype)
+            refs["dleft"][block, at, :] += dot(inner, dy, precision, 0, 0)
+        dz = dot(dy, refs["left"][block, at, :], precision, 1, 1)
         for n, i in enumerate(tiles):
-            put(state["z"], (i * plan.L + block) * LANES, dz[:, n * LANES : (n + 1) * LANES], dtype)
+            lanes = slice(n * LANES, (n + 1) * LANES)
+            put(refs["z"], (i * plan.L + block) * LANES, dz[:, lanes], dtype)
 
     over(plan, plan.L, 2 * plan.s, plan.r, product)
 
 
-def first_back(x, dx, state, plan: Plan, precision):
-    """dx of the gradient in state["z"], and the gradient of right of x; not where it is None."""
-    dtype = state["right"].dtype
+def first_back(refs, of, into, plan: Plan, precision):
+    """refs[into] of the gradient in refs["z"], and the gradient of right of refs[of].
+
+    Neither where its name is None.
+    """
+    dtype = refs["right"].dtype
 
     def product(block, column, width):
-        dz = unpack(state["z"][:, pl.ds(aligned(block * plan.q), plan.q)], dtype)
+        dz = unpack(refs["z"][:, pl.ds(aligned(block * plan.q), plan.q)], dtype)
         at, columns = pl.ds(column, width), pl.ds(aligned(block * plan.p + column), width)
-        if x is not None:
-            state["dright"][block, at, :] += dot(x[:, columns], dz, precision, 0, 0)
-        if dx is not None:
-            found = dot(dz, state["right"][block, at, :], precision, 1, 1)
-            dx[:, columns] = found.astype(dtype)
+        if of is not None:
+            refs["dright"][block, at, :] += dot(refs[of][:, columns], dz, precision, 0, 0)
+        if into is not None:
+            found = dot(dz, refs["right"][block, at, :], precision, 1, 1)
+            refs[into][:, columns] = found.astype(dtype)
 
     over(plan, plan.K, 2 * plan.q, plan.p, product)

@@ -37,47 +37,55 @@ TURN_FLOPS = 2**29
 
 
 def forward(x, right, left, bias, plan: Plan, activation, precision, interpret=False):
-    """y [M, L s] of x [M, K p]; bias [L, s] in the order of `spread`, or None."""
+    """y [M, L s] of x [M, K p]; bias [L, s] in the order of `spread`, or None.
 
-    def body(refs, state, plan):
-        y = refs["y"]
-        first_product(refs["x"], state, plan, precision)
-        exchange_all(state["z"], plan)
+    Where the plan keeps z, "z" too: the exchanged inner features as words [M / packed, K q].
+    """
+
+    def body(refs, plan):
+        first_product(refs, "x", plan, precision)
+        yield
+        exchange_all(refs["z"], plan)
+        yield
 
         def store(block, column, product):
             if bias is not None:
                 columns = pl.ds(column, product.shape[1])
                 product += refs["bias"][block, :, columns].astype(product.dtype)
-            put(state["y"], block * plan.s + column, finish(product, None, activation), y.dtype)
+            product = finish(product, None, activation)
+            put(refs["y_apart"], block * plan.s + column, product, x.dtype)
 
-        second_product(state, plan, precision, store)
-        spread_all(state["y"], y, plan)
+        second_product(refs, plan, precision, store)
+        yield
+        spread_all(refs["y_apart"], refs["y"], plan)
 
     arrays = {"x": x, "right": right, "left": left}
     if bias is not None:
         arrays["bias"] = bias
-    words = {"z": plan.inner, "y": plan.outputs}
-    return call(body, "monarch_fwd", arrays, ("y", plan.outputs), words, plan, interpret)["y"]
+    words, leaving = {"z": plan.inner, "y_apart": plan.outputs}, ("z",) * plan.kept
+    result = "y", plan.outputs
+    return call(body, "monarch_fwd", arrays, result, words, plan, interpret, leaving)
 
 
-def first_product(x, state, plan: Plan, precision):
-    """state["z"] of x, in tiles that are not exchanged yet."""
+def first_product(refs, of, plan: Plan, precision):
+    """refs["z"] of the inputs refs[of], in tiles that are not exchanged yet."""
+    x = refs[of]
 
     def product(block, column, width):
-        weights = state["right"][block, :, pl.ds(column, width)]
+        weights = refs["right"][block, :, pl.ds(column, width)]
         z = dot(x[:, pl.ds(aligned(block * plan.p), plan.p)], weights, precision)
-        put(state["z"], block * plan.q + column, z, x.dtype)
+        put(refs["z"], block * plan.q + column, z, x.dtype)
 
     over(plan, plan.K, plan.p, plan.q, product)
 
 
-def second_product(state, plan: Plan, precision, store):
-    """store(block of left, column, float32 [rows, width]) of the exchanged state["z"]."""
+def second_product(refs, plan: Plan, precision, store):
+    """store(block of left, column, float32 [rows, width]) of the exchanged refs["z"]."""
 
     def product(block, column, width):
         tiles = range(plan.r // LANES)
-        z = join([state["z"][:, tile(i * plan.L + block)] for i in tiles], state["left"].dtype)
-        store(block, column, dot(z, state["left"][block, :, pl.ds(column, width)], precision))
+        z = join([refs["z"][:, tile(i * plan.L + block)] for i in tiles], refs["left"].dtype)
+        store(block, column, dot(z, refs["left"][block, :, pl.ds(column, width)], precision))
 
     over(plan, plan.L, plan.r, plan.s, product)
 

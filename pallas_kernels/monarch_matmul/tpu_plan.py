@@ -1,5 +1,6 @@
 """Sizes of the TPU kernels of `monarch_matmul`, and what they cannot do."""
 
+import math
 from typing import NamedTuple
 
 from pallas_kernels.interleave import LANES
@@ -9,6 +10,7 @@ from pallas_kernels.tpu_chip import Chip, chip
 # take less memory and compile sooner.
 ROWS = (512, 256, 128)
 LEAST_ROWS = 128
+SUM_ROWS = (1024, 512, 256, 128)
 # Rows that pass through all of the kernel before the next ones, so that exchanges of one part run
 # beside products of the other. Microseconds in one part and in two of 512 (libtpu 0.0.52): forward
 # v6e 8192 by 16 201 and 196, 4096 by 4 167 and 173; v5p 4096 by 32 54 and 52. Backward, in one part
@@ -26,6 +28,7 @@ class Plan(NamedTuple):
     """Static facts of a call: x [M, K p], right [K, p, q], left [L, r, s], K q = L r.
 
     transposed: x is [M, L s] and is multiplied by the transposed matrix.
+    kept: what is between the factors leaves the forward pass and enters the backward pass.
     chip: that it is for. rows: of a step. cores: equal shares of the steps, each with its own copy
     of the weights. packed: rows of a word of 32 bits.
     """
@@ -41,6 +44,7 @@ class Plan(NamedTuple):
     itemsize: int
     backward: bool
     transposed: bool = False
+    kept: bool = False
     chip: Chip = Chip()
 
     @property
@@ -88,13 +92,21 @@ class Plan(NamedTuple):
         return next(n for n in (4, 2, 1) if self.inner // LANES % n == 0)
 
     @property
+    def sum_rows(self) -> int:
+        """Rows of a step of the kernels that add up gradients of one block; 0 where none fit."""
+        block = max(self.p * self.q, self.r * self.s) * (8 + 2 * self.itemsize)
+        row = 2 * max(self.p + self.q, self.r + self.s) * self.itemsize
+        fits = (rows for rows in SUM_ROWS if block + rows * row <= self.chip.planned)
+        return next((rows for rows in fits if self.M % rows == 0), 0)
+
+    @property
     def flops(self) -> int:
         """Of the forward product."""
         return 2 * self.M * self.weights
 
     @property
     def straight(self) -> bool:
-        products = 5 if self.backward else 2  # the first is computed again
+        products = 5 - self.kept if self.backward else 2  # the first is computed again
         return products * self.rows * self.weights <= STRAIGHT_FLOPS
 
     @property
@@ -107,23 +119,65 @@ class Plan(NamedTuple):
             windows += 2 * (self.outputs if self.transposed else self.inputs)
             held += self.outputs if self.transposed else self.inner
             gradients = 4 * self.weights
+            windows += 2 * self.inner * self.kept
+        elif self.kept:  # windows of what leaves, in place of scratch
+            held -= self.inner
+            windows += 2 * self.inner
+            if self.transposed:
+                held -= self.outputs
+                windows += 2 * self.outputs
         rows = self.rows * self.itemsize * (windows + held)
         return rows + self.itemsize * self.weights + gradients + staging
 
 
-def plan(M: int, right, left, itemsize: int, backward: bool, transposed: bool = False) -> Plan:
+def plan(
+    M: int, right, left, itemsize: int, backward: bool, transposed: bool = False, kept: bool = False
+) -> Plan:
     """The plan with the most rows that fit on the chip, in straight code where one is.
 
     The least rows where none fits.
     """
     sizes, of = (*right.shape, *left.shape), chip()
     plans = [
-        Plan(M, *sizes, rows, itemsize, backward, transposed, of)
+        Plan(M, *sizes, rows, itemsize, backward, transposed, kept, of)
         for rows in ROWS
         if rows <= max(M, LEAST_ROWS)
     ]
     fits = [found for found in plans if found.vmem <= of.planned] or plans[-1:]
     return next((found for found in fits if found.straight), fits[0])
+
+
+def kept_backward(M: int, right, left, itemsize: int) -> Plan:
+    """The plan of a backward pass that is given z: of one kernel, where it has rows enough.
+
+    That is, where adding a step's products to the sums on chip takes no longer than they do, which
+    is the more rows the faster the matrix units are, here in FLOPs a byte of HBM. Or else, with
+    `transposed` and without `backward`, the plan of the first kernel of `tpu_stages`.
+    """
+    found = plan(M, right, left, itemsize, True, kept=True)
+    if found.vmem <= found.chip.planned and 2 * found.rows >= (found.chip.ridge or 0):
+        return found
+    return plan(M, right, left, itemsize, False, transposed=True, kept=True)
+
+
+def keeps(M: int, right, left, dtype) -> bool:
+    """Whether the forward pass keeps z, M K q elements, for the backward pass.
+
+    Where kernels can and its way to memory costs no time, beside products that take longer: for
+    blocks of 256 and more on a v5p, of 512 on a v5e and of 1024 on a v6e; never where the chip is
+    not known. Microseconds of both passes, z made again and kept (static schedule or HBM, libtpu
+    0.0.52, bfloat16, M 8192): v5p 4096 by 16 281 and 257; where it is not kept, v6e 4096 by 8 315
+    and 313, v5e 4096 by 16 607 and 659.
+    """
+    plans = (
+        plan(M, right, left, dtype.itemsize, False, kept=True),
+        kept_backward(M, right, left, dtype.itemsize),
+    )
+    if M % ROWS[0] or any(unsupported(found, dtype.name) for found in plans):
+        return False
+    forward, _ = plans
+    moved = dtype.itemsize * M * (forward.inputs + forward.inner + forward.outputs)
+    return forward.flops >= 0.9 * moved * (forward.chip.ridge or math.inf)
 
 
 def unsupported(plan: Plan, dtype: str) -> str | None:
@@ -137,6 +191,8 @@ def unsupported(plan: Plan, dtype: str) -> str | None:
         return f"left has {plan.L} blocks, no power of two up to {LANES}"
     if plan.rows > plan.M:
         return f"{plan.M} rows, fewer than {LEAST_ROWS}"
+    if plan.kept and plan.transposed and not plan.sum_rows:
+        return "a block of the gradients does not fit on the chip"
     if plan.vmem > plan.chip.planned:
         return f"it would hold {plan.vmem / 2**20:.0f} of {plan.chip.planned >> 20} MiB on chip"
     return None

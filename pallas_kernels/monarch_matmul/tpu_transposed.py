@@ -18,37 +18,51 @@ from pallas_kernels.monarch_matmul.tpu_plan import Plan
 
 
 def forward(x, right, left, plan: Plan, precision, interpret=False):
-    """y [M, K p] of x [M, L s]."""
+    """y [M, K p] of x [M, L s].
 
-    def body(refs, state, plan):
-        collect_all(refs["x"], state["x"], plan)
-        second_back(state, "x", plan, precision)
-        exchange_all(state["z"], plan)
-        first_back(None, refs["y"], state, plan, precision)
+    Where the plan keeps them, words [M / packed, width] too: "z", of the inner features as
+    `first_back` has them, and "x_apart", of x block by block.
+    """
+
+    def body(refs, plan):
+        collect_all(refs["x"], refs["x_apart"], plan)
+        yield
+        second_back(refs, "x_apart", None, plan, precision)
+        yield
+        exchange_all(refs["z"], plan)
+        yield
+        first_back(refs, None, "y", plan, precision)
 
     arrays = {"x": x, "right": right, "left": left}
-    words = {"z": plan.inner, "x": plan.outputs}
-    return call(body, "monarch_t_fwd", arrays, ("y", plan.inputs), words, plan, interpret)["y"]
+    words = {"z": plan.inner, "x_apart": plan.outputs}
+    leaving = tuple(words) if plan.kept else ()
+    name, result = "monarch_dx" if plan.kept else "monarch_t_fwd", ("y", plan.inputs)
+    return call(body, name, arrays, result, words, plan, interpret, leaving)
 
 
 def backward(x, right, left, dy, plan: Plan, precision, interpret=False):
     """dx [M, L s], dright [cores, K, p, q], dleft [cores, L, r, s]: see `call`."""
 
-    def body(refs, state, plan):
-        collect_all(refs["x"], state["x"], plan)
-        first_product(refs["dy"], state, plan, precision)
-        exchange_all(state["z"], plan)
+    def body(refs, plan):
+        collect_all(refs["x"], refs["x_apart"], plan)
+        yield
+        first_product(refs, "dy", plan, precision)
+        yield
+        exchange_all(refs["z"], plan)
+        yield
 
         def store(block, column, product):
-            put(state["dx"], block * plan.s + column, product, x.dtype)
+            put(refs["dx_apart"], block * plan.s + column, product, x.dtype)
 
-        second_product(state, plan, precision, store)
-        second_back(state, "x", plan, precision)
-        spread_all(state["dx"], refs["dx"], plan)
-        exchange_all(state["z"], plan)
-        first_back(refs["dy"], None, state, plan, precision)
+        second_product(refs, plan, precision, store)
+        second_back(refs, "x_apart", "z", plan, precision)
+        yield
+        spread_all(refs["dx_apart"], refs["dx"], plan)
+        exchange_all(refs["z"], plan)
+        yield
+        first_back(refs, "dy", None, plan, precision)
 
     arrays = {"x": x, "right": right, "left": left, "dy": dy}
-    words = {"z": plan.inner, "x": plan.outputs, "dx": plan.outputs}
+    words = {"z": plan.inner, "x_apart": plan.outputs, "dx_apart": plan.outputs}
     found = call(body, "monarch_t_bwd", arrays, ("dx", plan.outputs), words, plan, interpret)
     return found["dx"], found["dright"], found["dleft"]

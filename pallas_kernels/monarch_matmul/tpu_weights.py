@@ -106,18 +106,28 @@ def _restore(state, right, left, plan: Plan) -> None:
     def body(i, _):
         for j in range(each):
             t = i * each + j
-            at, order = column_tile(t, plan), exchange_order(lax.rem(t, plan.L)).T
-            right[at] = permute_columns(state["dright"][at].astype(right.dtype), order)
+            at = column_tile(t, plan)
+            right[at] = true_columns(state["dright"][at].astype(right.dtype), t, plan)
             block, at, _ = row_tile(t, plan)
-            rows = state["dleft"][block, at, :].astype(left.dtype)
-            rows = permute_rows(exchanged_rows(block, plan.L).T, rows)
-            order = spread_order(block, plan.L).T
-            for c in range(0, plan.s, LANES):
-                columns = slice(c, c + LANES)
-                left[block, at, columns] = permute_columns(rows[:, columns], order)
+            left[block, at, :] = true_rows(
+                state["dleft"][block, at, :].astype(left.dtype), block, plan
+            )
         return 0
 
     lax.fori_loop(0, count // each, body, 0)
+
+
+def true_columns(columns, t, plan: Plan):
+    """Tile t of all columns of right, [p, 128], in true order."""
+    return permute_columns(columns, exchange_order(lax.rem(t, plan.L)).T)
+
+
+def true_rows(rows, block, plan: Plan):
+    """128 rows of a block of left, [128, s], in true order, rows and columns."""
+    rows = permute_rows(exchanged_rows(block, plan.L).T, rows)
+    order = spread_order(block, plan.L).T
+    tiles = [permute_columns(rows[:, c : c + LANES], order) for c in range(0, plan.s, LANES)]
+    return jnp.concatenate(tiles, axis=1)
 
 
 def column_tile(t, plan: Plan):
