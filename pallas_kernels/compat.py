@@ -77,14 +77,15 @@ def on_device(device: jax.Device):
         return contextlib.nullcontext()
 
 
-def tpu_facts() -> tuple[int, int, float] | None:
-    """VMEM bytes of a core of the TPU that is traced for, its cores, bfloat16 FLOPs a byte of HBM.
+def tpu_facts() -> tuple[int, int, int, float] | None:
+    """Of the TPU that is traced for; None where it is none.
 
-    None where it is none.
+    VMEM bytes of a core, cores, columns of a matrix unit, FLOPs in bfloat16 in the time of a byte
+    of HBM.
     """
     try:
         about = pltpu.get_tpu_info()
         ridge = about.bf16_ops_per_second / about.mem_bw_bytes_per_second
-        return about.vmem_capacity_bytes, about.num_cores, ridge
+        return about.vmem_capacity_bytes, about.num_cores, about.mxu_column_size, ridge
     except (AttributeError, ValueError):  # no TPU, or a JAX that cannot tell
         return None

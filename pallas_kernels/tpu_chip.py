@@ -6,15 +6,22 @@ from pallas_kernels import compat
 
 
 class Chip(NamedTuple):
-    """A chip as one program sees it; by default of v5e, v5p and v6e the least memory, most cores.
+    """A chip as one program sees it; by default what v5e, v5p and v6e all have, and two cores.
 
     vmem: bytes on chip, of a core. cores: that share a grid with a "parallel" dimension.
-    ridge: FLOPs in bfloat16 in the time of a byte of HBM; None where the chip is not known.
+    mxu: rows and columns of a matrix unit. ridge: FLOPs in bfloat16 in the time of a byte of HBM;
+    None where the chip is not known.
     """
 
     vmem: int = 64 * 2**20
     cores: int = 2
+    mxu: int = 128
     ridge: float | None = None
+
+    @property
+    def bundle_flops(self) -> int:
+        """FLOPs in bfloat16 of a bundle whose matrix units are all at work."""
+        return 8 * self.mxu**2
 
     @property
     def planned(self) -> int:

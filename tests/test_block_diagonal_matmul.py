@@ -308,7 +308,7 @@ def test_kernel_numbers(name):
 def test_groups_of_blocks_and_shares_of_rows(monkeypatch):
     """Blocks that are not in a step together, and rows shared by two cores."""
     monkeypatch.setattr(tpu_plan, "ROWS", (128,))
-    monkeypatch.setattr(tpu_plan, "STEP_FLOPS", 0)
+    monkeypatch.setattr(tpu_plan, "STEP_BUNDLES", 0)
     arrays, dy = make(3, 128, 128, (256,))
     plan = tpu._plan(arrays["x"], arrays["blocks"], None, None, None, True)
     assert (plan.each, plan.groups, plan.shares) == (1, 3, 2)

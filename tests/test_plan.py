@@ -171,8 +171,8 @@ def test_kernels_know_the_target_while_it_is_traced(target, mesh):
         return x + 1
 
     plan(step, (_on(mesh, (8, 128)),), target=target, mesh=mesh)
-    assert seen == [tpu_chip.Chip(128 * 2**20, 1, ridge=pytest.approx(240, rel=0.01))]
-    assert tpu_chip.chip() == tpu_chip.Chip(64 * 2**20, 2, ridge=None)
+    assert seen == [tpu_chip.Chip(128 * 2**20, 1, 128, pytest.approx(240, rel=0.01))]
+    assert tpu_chip.chip() == tpu_chip.Chip(64 * 2**20, 2, 128, None)
     assert [tpu_chip.Chip().shares(n) for n in (8, 7)] == [2, 1]
 
 

@@ -15,7 +15,8 @@ SUM_ROWS = (1024, 512, 256, 128)
 # beside products of the other. Microseconds in one part and in two of 512 (libtpu 0.0.52): forward
 # v6e 8192 by 16 201 and 196, 4096 by 4 167 and 173; v5p 4096 by 32 54 and 52. Backward, in one part
 # of 256 and in two of 512: v5p 4096 by 32 142 and 131, 2048 by 4 181 and 179; v6e 4096 by 8 217 and
-# 214.
+# 214. Half where outputs are wide, if a matrix unit is no deeper: backward 1024 to 4096 by 8 in two
+# parts and in four v5e 177 and 159, v5p 81 and 73; 2048 to 8192 by 8 v6e 138 and 205.
 CHUNK = 256
 # FLOPs of a step beyond which its products are loops and not one straight piece of code. In one,
 # the exchanges run while the matrix unit is at work; 2**32 of them are 32,768 bundles on a v5e.
@@ -83,8 +84,10 @@ class Plan(NamedTuple):
     @property
     def chunk(self) -> int:
         """Rows that are done at a time; all where weights are few and large, or code in loops."""
-        parts = self.straight and (self.backward or self.L >= 8)
-        return min(self.rows, CHUNK) if parts else self.rows
+        if not self.straight or (not self.backward and self.L < 8):
+            return self.rows
+        wide = self.backward and self.outputs > 2 * self.inputs and self.chip.ridge is not None
+        return min(self.rows, max(self.chip.mxu, CHUNK // 2) if wide else CHUNK)
 
     @property
     def turn(self) -> int:
@@ -150,12 +153,12 @@ def plan(
 def kept_backward(M: int, right, left, itemsize: int) -> Plan:
     """The plan of a backward pass that is given z: of one kernel, where it has rows enough.
 
-    That is, where adding a step's products to the sums on chip takes no longer than they do, which
-    is the more rows the faster the matrix units are, here in FLOPs a byte of HBM. Or else, with
-    `transposed` and without `backward`, the plan of the first kernel of `tpu_stages`.
+    That is as many as a matrix unit is deep: with half of them a v6e takes 1,126 us for n 8192 in 8
+    blocks, and 732 otherwise. Or else, with `transposed` and without `backward`, the plan of the
+    first kernel of `tpu_stages`.
     """
     found = plan(M, right, left, itemsize, True, kept=True)
-    if found.vmem <= found.chip.planned and 2 * found.rows >= (found.chip.ridge or 0):
+    if found.vmem <= found.chip.planned and found.rows >= found.chip.mxu:
         return found
     return plan(M, right, left, itemsize, False, transposed=True, kept=True)
 
