@@ -7,8 +7,8 @@ from pallas_kernels.tpu_chip import Chip, chip
 LANES = 128
 ROWS = (512, 256, 128)
 # Bundles of a step's products, which are straight code, where it can be so short and yet have as
-# many rows as a matrix unit is deep, or gradients of weights leave part of it idle: v6e 16 blocks of
-# 256 backward 616 us with 128 rows and 422 with 256.
+# many rows as a matrix unit is deep, or gradients of weights leave part of it idle: v6e 16 blocks
+# of 256 backward 616 us with 128 rows and 422 with 256.
 STEP_BUNDLES = 2**14
 
 
