@@ -29,6 +29,7 @@ from pallas_kernels.block_diagonal_matmul import (
 from pallas_kernels.block_diagonal_matmul.layout import layout
 from pallas_kernels.compat import on_device
 from pallas_kernels.lab import traffic
+from pallas_kernels.tpu_chip import Chip
 
 NAMES = ("x", "blocks", "bias")
 
@@ -313,6 +314,14 @@ def test_groups_of_blocks_and_shares_of_rows(monkeypatch):
     plan = tpu._plan(arrays["x"], arrays["blocks"], None, None, None, True)
     assert (plan.each, plan.groups, plan.shares) == (1, 3, 2)
     compare(interpreted(arrays, dy), expected(arrays, dy), 2e-6)
+
+
+@pytest.mark.parametrize(("chip", "rows"), [(Chip(), 128), (Chip(128 * 2**20, 1, 256, 560), 512)])
+def test_a_step_has_as_many_rows_as_a_matrix_unit_is_deep(chip, rows, monkeypatch):
+    monkeypatch.setattr(tpu_plan, "chip", lambda: chip)
+    of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    x, blocks = of((8192, 4096)), of((4, 1024, 1024))
+    assert tpu._plan(x, blocks, Stride(4), Stride(1024), None, True).rows == rows
 
 
 STRIDES = "4096 by 16 inputs Stride(count=16) outputs Stride(count=256)"

@@ -303,6 +303,13 @@ def test_numbers_are_a_monarch_matrix(stages, width, increasing):
     compare((x @ dense, dy @ dense.T) if increasing else (x @ dense.T, dy @ dense), (y, dx), 2e-6)
 
 
+@pytest.mark.parametrize(("chip", "rows"), [(Chip(), 128), (Chip(128 * 2**20, 1, 256, 560), 256)])
+def test_a_step_has_as_many_rows_as_a_matrix_unit_is_deep(chip, rows, monkeypatch):
+    monkeypatch.setattr(tpu_plan, "chip", lambda: chip)
+    x, twiddle, _ = next(c for c in cases.CASES if c.name == "16 blocks of 256").args["backward"]
+    assert tpu_plan.plan(x, twiddle, True, True).rows == rows
+
+
 SLOW = ("4096", "4096 decreasing", "128 blocks of 32", "32 blocks of 128")
 
 

@@ -13,8 +13,8 @@ LANES = 128
 WIDTH = 256
 # Of the memory on chip: beside the arrays the compiler holds up to a tenth of it.
 PLANNED = 57 / 64
-# Rows of a tile times live blocks of 128 x 128: the kernels are straight code, 0.23 bundles each with
-# matrix units of 128. A v6e's do four times as much in a bundle: n 8192 of density 1/8 and rank 128
+# Rows of a tile times live blocks of 128 x 128: the kernels are straight code, 0.23 bundles each
+# with matrix units of 128. A v6e's do four times as much in a bundle: n 8192, density 1/8, rank 128
 # backward 481 us with 256 rows and 466 with the 512 that it then has.
 CODE = 2**17
 TILES = (512, 256, 128)
