@@ -24,13 +24,18 @@ def backward(x, right, left, dy, implementation=None):
 
 def _weights_once(x, right, left, *_):
     """The loop that orders the weights runs once a core; of products in loops nothing is said."""
-    found = {}
-    for name, direction in (("fwd", False), ("bwd", True)):
-        plan = tpu_plan.plan(tpu.rows(x), right, left, x.dtype.itemsize, direction)
-        if plan.straight:
-            turns = plan.inner // tpu_plan.LANES // plan.turn
-            found[name] = (turns * plan.cores / plan.steps,)
-    return found
+    sizes = tpu.rows(x), right, left, x.dtype.itemsize
+    plans = {"fwd": tpu_plan.plan(*sizes, False), "bwd": tpu_plan.plan(*sizes, True)}
+    if tpu.keeps(x, right, left):
+        backward = tpu_plan.kept_backward(*sizes)
+        plans["fwd_kept"] = tpu_plan.plan(*sizes, False, kept=True)
+        plans["bwd_kept" if backward.backward else "dx_kept"] = backward
+    turns = {name: plan.inner // tpu_plan.LANES // plan.turn for name, plan in plans.items()}
+    return {
+        name: (turns[name] * plan.cores / plan.steps,)
+        for name, plan in plans.items()
+        if plan.straight
+    }
 
 
 def case(name: str, M: int, K: int, p: int, q: int, L: int, r: int, s: int) -> Case:

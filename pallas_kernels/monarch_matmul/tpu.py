@@ -27,10 +27,8 @@ def keeps(x, right, left) -> bool:
 def kept(x, right):
     """Shape and dtype of what `forward` keeps."""
     packed = 4 // x.dtype.itemsize
-    return (
-        rows(x) // packed,
-        right.shape[0] * right.shape[2],
-    ), jnp.int32 if packed > 1 else x.dtype
+    shape = rows(x) // packed, right.shape[0] * right.shape[2]
+    return shape, jnp.int32 if packed > 1 else x.dtype
 
 
 def rows(x) -> int:
