@@ -261,15 +261,19 @@ def keeping(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cores", "dtype"),
-    [(1, jnp.bfloat16), pytest.param(2, jnp.float32, marks=pytest.mark.slow)],
+    ("sizes", "cores", "dtype"),
+    [
+        ((2, 128, 256, 2, 256, 128), 1, jnp.bfloat16),
+        pytest.param((2, 128, 256, 4, 128, 256), 1, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param((2, 256, 256, 2, 256, 256), 2, jnp.float32, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("in_stages", [False, True])
-def test_kernels_that_keep_what_is_between_the_factors(in_stages, cores, dtype, keeping):
+def test_kernels_that_keep_what_is_between_the_factors(in_stages, sizes, cores, dtype, keeping):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     keeping(in_stages, cores)
-    x, right, left, _, dy = make((2, 128, 256, 4, 128, 256), (512,), dtype)
+    x, right, left, _, dy = make(sizes, (512,), dtype)
     assert tpu.keeps(x, right, left)
     backward = tpu_plan.kept_backward(512, right, left, x.dtype.itemsize)
     assert backward.backward != in_stages and backward.steps == 2
