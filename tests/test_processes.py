@@ -39,6 +39,14 @@ def ended(processes, timeout=300):
     return [tiny.finish(process, timeout) for process in processes]
 
 
+def wait_for_checkpoint(folder, timeout=200) -> None:
+    """Until a checkpoint of this workdir is complete: they are written beside the steps."""
+    until = time.monotonic() + timeout
+    while not tiny.steps_in(folder):
+        assert time.monotonic() < until, "no checkpoint was completed"
+        time.sleep(0.01)
+
+
 def wait_for(process, start: str) -> None:
     for line in process.stdout:
         if line.startswith(start):
@@ -159,7 +167,7 @@ def test_a_death_on_a_mesh_of_two_axes_and_restoring_at_other_numbers_of_process
     status, _, err = tiny.finish(command)
     assert status == 0, err
     processes = pair(folder, *SPLIT, devices=2)
-    wait_for(processes[0], "step 3/")  # the checkpoint of step 2 is complete, or will be started
+    wait_for_checkpoint(folder)
     processes[1].kill()
     began = time.monotonic()
     status, _, err = tiny.finish(processes[0], timeout=120)
