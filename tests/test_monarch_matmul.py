@@ -188,17 +188,21 @@ def test_exchanges_of_lanes(blocks):
     lane, tile, each = np.arange(128), np.arange(blocks)[:, None], 128 // blocks
     exchanged = (lane % blocks ^ tile) * 128 + lane
     np.testing.assert_array_equal(apply(interleave.exchange), exchanged)
-    # Lane j L + l of tile t is feature t (128 / L) + j of block l, which stood in lane j L + l + t.
+    # Lane j L + l of tile t is feature t (128 / L) + j of block l, from its lane j L + (l ^ t).
     block, j = lane % blocks, lane // blocks
-    spread = block * 128 + (j * blocks + block + tile) % 128
+    spread = block * 128 + j * blocks + (block ^ tile)
     np.testing.assert_array_equal(apply(interleave.spread), spread)
     both = apply(lambda tiles: interleave.collect(interleave.spread(tiles)))
     np.testing.assert_array_equal(both, tiles[:, 0])
     # The orders of weights are those places.
-    found = interleave.spread_order(jnp.int32(blocks - 1), blocks)
-    feature = lane // blocks + each * np.arange(blocks)[:, None]
-    place = (lane // blocks * blocks + blocks - 1 + np.arange(blocks)[:, None]) % 128
-    assert np.asarray(found)[feature, place].all() and np.asarray(found).sum() == 128
+    order, lanes = (
+        np.asarray(of(jnp.int32(blocks - 1), blocks))[0]
+        for of in (interleave.spread_order, interleave.spread_lane)
+    )
+    np.testing.assert_array_equal(order[lanes], lane)
+    feature = each * np.arange(blocks)[:, None] + np.arange(each)
+    place = np.arange(each) * blocks + (blocks - 1 ^ np.arange(blocks)[:, None])
+    np.testing.assert_array_equal(order[place], feature)
 
 
 def interpret(sizes, M, dtype, monkeypatch, straight=True, rows=tpu_plan.ROWS):

@@ -1,9 +1,9 @@
 """Weights brought on chip once a core, in the order of features in which the kernels work.
 
 Column tile t of `right` (of K q / 128, in groups of L) is ordered for its place t % L in the group,
-rows and columns of `left` for its block: see `pallas_kernels.interleave`. The orders are products
-with permutation matrices, exact in the weights' dtype. While one piece is ordered the next is
-copied.
+rows and columns of `left` for its block: see `pallas_kernels.interleave`. Columns are taken lane by
+lane; rows come by products with permutation matrices, exact in the weights' dtype. While one piece
+is ordered the next is copied.
 """
 
 import jax
@@ -12,7 +12,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.interleave import LANES, exchange_order, exchanged_rows, spread_order
+from pallas_kernels.interleave import (
+    LANES,
+    exchange_order,
+    exchanged_rows,
+    spread_lane,
+    spread_order,
+    take_lanes,
+)
 from pallas_kernels.monarch_matmul.tpu_plan import Plan
 
 
@@ -67,7 +74,7 @@ def load(right_hbm, left_hbm, state, plan: Plan) -> None:
 
 def _order_columns(t, slot, state, plan: Plan):
     order = exchange_order(lax.rem(t, plan.L))
-    state["right"][column_tile(t, plan)] = permute_columns(state["columns"][slot], order)
+    state["right"][column_tile(t, plan)] = take_lanes(state["columns"][slot], order)
 
 
 def _order_rows(t, slot, state, plan: Plan):
@@ -76,7 +83,7 @@ def _order_rows(t, slot, state, plan: Plan):
     order = spread_order(block, plan.L)
     for c in range(0, plan.s, LANES):
         columns = slice(c, c + LANES)
-        state["left"][block, at, columns] = permute_columns(rows[:, columns], order)
+        state["left"][block, at, columns] = take_lanes(rows[:, columns], order)
 
 
 def store(state, dright, dleft, plan: Plan) -> None:
@@ -119,14 +126,14 @@ def _restore(state, right, left, plan: Plan) -> None:
 
 def true_columns(columns, t, plan: Plan):
     """Tile t of all columns of right, [p, 128], in true order."""
-    return permute_columns(columns, exchange_order(lax.rem(t, plan.L)).T)
+    return take_lanes(columns, exchange_order(lax.rem(t, plan.L)))
 
 
 def true_rows(rows, block, plan: Plan):
     """128 rows of a block of left, [128, s], in true order, rows and columns."""
     rows = permute_rows(exchanged_rows(block, plan.L).T, rows)
-    order = spread_order(block, plan.L).T
-    tiles = [permute_columns(rows[:, c : c + LANES], order) for c in range(0, plan.s, LANES)]
+    order = spread_lane(block, plan.L)
+    tiles = [take_lanes(rows[:, c : c + LANES], order) for c in range(0, plan.s, LANES)]
     return jnp.concatenate(tiles, axis=1)
 
 
@@ -142,24 +149,15 @@ def row_tile(t, plan: Plan):
     return lax.div(t, groups), _tile(lax.rem(t, groups)), slice(None)
 
 
-def permute_columns(a: jax.Array, order: jax.Array) -> jax.Array:
-    """a @ order for a permutation matrix in bfloat16: exactly the elements of a."""
-    return _exactly(a, lambda part: dot(part, order))
-
-
 def permute_rows(order: jax.Array, a: jax.Array) -> jax.Array:
     """order @ a for a permutation matrix in bfloat16: exactly the elements of a."""
-    return _exactly(a, lambda part: dot(order, part))
-
-
-def _exactly(a, product):
     if a.dtype == jnp.bfloat16:
-        return product(a).astype(a.dtype)
+        return dot(order, a).astype(a.dtype)
     # The 24 bits of a float32 are those of three bfloat16.
     found, left = jnp.zeros_like(a), a
     for _ in range(3):
         part = left.astype(jnp.bfloat16)
-        found, left = found + product(part), left - part.astype(a.dtype)
+        found, left = found + dot(order, part), left - part.astype(a.dtype)
     return found
 
 
