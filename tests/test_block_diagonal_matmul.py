@@ -235,7 +235,7 @@ def test_layouts_are_the_permutations(name, outputs):
                 for group in range(p // 128):
                     first = (window * (p // 128) + group) * L * 128
                     at = lanes[i * (K // L) + window, group]
-                    at[j * L + (i ^ t)] = first + t * 128 + j * L + i
+                    at[(j * L + i + t) % 128] = first + t * 128 + j * L + i
     order = np.arange(p)[None].repeat(K, 0) if found.order is None else found.order
     np.testing.assert_array_equal(lanes.reshape(K, p), np.take_along_axis(blocks, order, 1))
 

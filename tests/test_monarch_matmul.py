@@ -188,9 +188,9 @@ def test_exchanges_of_lanes(blocks):
     lane, tile, each = np.arange(128), np.arange(blocks)[:, None], 128 // blocks
     exchanged = (lane % blocks ^ tile) * 128 + lane
     np.testing.assert_array_equal(apply(interleave.exchange), exchanged)
-    # Lane j L + l of tile t is feature t (128 / L) + j of block l, from its lane j L + (l ^ t).
+    # Lane j L + l of tile t is feature t (128 / L) + j of block l, which stood in lane j L + l + t.
     block, j = lane % blocks, lane // blocks
-    spread = block * 128 + j * blocks + (block ^ tile)
+    spread = block * 128 + (j * blocks + block + tile) % 128
     np.testing.assert_array_equal(apply(interleave.spread), spread)
     both = apply(lambda tiles: interleave.collect(interleave.spread(tiles)))
     np.testing.assert_array_equal(both, tiles[:, 0])
@@ -201,7 +201,7 @@ def test_exchanges_of_lanes(blocks):
     )
     np.testing.assert_array_equal(order[lanes], lane)
     feature = each * np.arange(blocks)[:, None] + np.arange(each)
-    place = np.arange(each) * blocks + (blocks - 1 ^ np.arange(blocks)[:, None])
+    place = (np.arange(each) * blocks + blocks - 1 + np.arange(blocks)[:, None]) % 128
     np.testing.assert_array_equal(order[place], feature)
 
 

@@ -66,8 +66,8 @@ def _collected(K, p, L) -> np.ndarray:
     lane = np.arange(LANES)
     for block in range(K):
         member, window = divmod(block, K // L)
-        # lane j L + (l ^ t) is from tile t, lane j L + l
-        source = (lane % L ^ member) * LANES + lane // L * L + member
+        turn = (lane - member) % LANES  # lane (j L + l + t) % 128 is from tile t, lane j L + l
+        source = turn % L * LANES + turn // L * L + member
         for group in range(p // LANES):
             base = window * p * L + group * LANES * L
             found[block, group * LANES : (group + 1) * LANES] = base + source

@@ -85,5 +85,6 @@ def _bias_in_order(bias, plan):
     each = LANES // plan.L
     block, lane = np.arange(plan.L)[:, None], np.arange(plan.s)
     tile, lane = lane // LANES * LANES, lane % LANES
-    feature = tile + (lane % plan.L ^ block) * each + lane // plan.L
+    place = (lane - block) % LANES  # j * L + t of feature t * (128 / L) + j
+    feature = tile + place % plan.L * each + place // plan.L
     return bias[feature * plan.L + block]
