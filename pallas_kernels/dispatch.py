@@ -51,7 +51,7 @@ def choose(
     branches = {}
     for platform, (name, call, reason) in kernels.items():
         if reason is None:
-            branches[platform] = call
+            branches[platform] = _first_order(_in_32_bits(call), elsewhere)
         elif implementation == name:
             raise ValueError(f"{op}: implementation={name!r} cannot do this: {reason}")
         elif call is not None:
@@ -71,6 +71,50 @@ def choose(
 def manual(arrays: Any) -> bool:
     """Whether an array varies by device in a shard_map with check_vma=True, as no kernel may."""
     return any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays))
+
+
+def by_example(call: Callable, rows: bool = False) -> Callable:
+    """`call`, which `jax.vmap` runs once for each example: for kernels that cannot be batched.
+
+    rows: a batch of the first array alone is one more axis of rows, done at once.
+    """
+    found = jax.custom_batching.custom_vmap(call)
+
+    @found.def_vmap
+    def _(size, batched, *arrays):
+        if rows and batched[0] and not any(jax.tree.leaves(batched[1:])):
+            y = found(*arrays)
+        else:
+            leaves, tree = jax.tree.flatten(arrays)
+            flags = jax.tree.leaves(batched)
+            moving = [a for a, flag in zip(leaves, flags, strict=True) if flag]
+
+            def one(moving):
+                moving = iter(moving)
+                pairs = zip(leaves, flags, strict=True)
+                return found(*tree.unflatten([next(moving) if f else a for a, f in pairs]))
+
+            y = jax.lax.map(one, moving)
+        return y, jax.tree.map(lambda _: True, y)
+
+    return found
+
+
+def _first_order(call, blockwise):
+    """`call`, whose own derivatives are those of the blockwise form: a kernel has none."""
+    found = jax.custom_jvp(call)
+    found.defjvp(lambda primals, tangents: jax.jvp(blockwise, primals, tangents))
+    return found
+
+
+def _in_32_bits(call):
+    """`call`, traced as without `jax_enable_x64`: no kernel has numbers of 64 bits."""
+
+    def narrow(*arrays):
+        with jax.enable_x64(False):
+            return call(*arrays)
+
+    return narrow
 
 
 def _saying(function, message, fatal):

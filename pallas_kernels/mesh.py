@@ -113,12 +113,31 @@ def rows_layout(op: str, x: jax.Array, sharding: NamedSharding | None):
 def over_rows(compute, found, x, *weights):
     """compute(x, *weights) -> y, rows of x by device with all weights, where a layout is found."""
     if found is None:
-        return compute(x, *weights)
+        return compute(*_varying((x, *weights)))
     mesh, lead, explicit = found
     spec = P(*lead, None)
     specs = (spec, *(jax.tree.map(lambda w: P(*(None,) * w.ndim), w) for w in weights))
     arrays = jax.tree.map(lambda a, s: place(a, mesh, s, explicit), (x, *weights), specs)
     return shard_map(compute, mesh, specs, spec)(*arrays)
+
+
+def _varying(arrays):
+    """All of them varying over the devices over which one does, in a shard_map that checks it.
+
+    Else gradients of weights that all devices have, which a custom derivative leaves to be summed,
+    would not be of the weights' type.
+    """
+    axes = {axis for a in jax.tree.leaves(arrays) for axis in _manual_axes(a)}
+
+    def vary(a):
+        missing = tuple(sorted(axes - set(_manual_axes(a))))
+        return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(vary, arrays)
+
+
+def _manual_axes(x):
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def _explicit_sharding(x):

@@ -63,7 +63,7 @@ def test_the_product_and_its_gradients_are_those_of_one_device(split, dtype):
     tolerance = 2e-6 if dtype == jnp.float32 else 2**-6  # roundings of z, of four sums, of y
     for got, wanted in zip(found, expected, strict=True):
         largest = np.abs(wanted).max()
-        assert largest > 0.1
+        assert largest > 0.1 and got.dtype == dtype
         np.testing.assert_allclose(
             np.asarray(got, np.float64), wanted, rtol=0, atol=tolerance * largest
         )
@@ -83,11 +83,25 @@ def test_splits_that_are_refused():
     mesh = jax.make_mesh((1, 8), ("data", "tensor"), AUTO)
     x, right, left = jnp.ones((2, 16)), jnp.ones((4, 4, 4)), jnp.ones((4, 4, 8))
     rows, both = (NamedSharding(mesh, P(None, axis)) for axis in (None, "tensor"))
+    small = jax.make_mesh((1, 2), ("data", "tensor"), AUTO, devices=jax.devices()[:2])
+    taken = NamedSharding(small, P("tensor", None))
+    axes = (AxisType.Explicit,) * 2
+    explicit_rows = NamedSharding(jax.make_mesh((1, 8), ("data", "tensor"), axes), P(None, None))
     for how, message in (
         ({"sharding": rows, "outputs": "tensor"}, "K, blocks of right, 4 must be a multiple of"),
-        ({"sharding": both}, "the 8 devices of 'tensor'"),
+        ({"sharding": both}, "the 8 devices of tensor"),
         ({"sharding": both, "outputs": "tensor"}, "outputs must be None where sharding splits"),
         ({"outputs": "tensor"}, "outputs must be None where sharding"),
+        ({"sharding": "data", "outputs": "tensor"}, "outputs must be None where sharding"),
+        (
+            {"sharding": rows, "outputs": "model"},
+            "'model', .* is none of the mesh; .* data, tensor",
+        ),
+        ({"sharding": taken, "outputs": "tensor"}, "'tensor', .* splits rows"),
+        ({"sharding": NamedSharding(mesh, P("tensor")), "outputs": "data"}, "must divide x"),
+        ({"sharding": NamedSharding(mesh, P(None, None, None)), "outputs": "data"}, "2 axes"),
+        ({"sharding": explicit_rows, "outputs": "tensor"}, "type Auto, not Explicit"),
+        ({"sharding": rows, "outputs": "data", "implementation": "tpu"}, "cannot do this"),
     ):
         with pytest.raises(ValueError, match=message):
             monarch_matmul(x, right, left, **how)

@@ -26,7 +26,8 @@ INF = math.inf
 
 def contract(a, b, axes):
     """Product of two matrices over axis axes[0] of a and axes[1] of b, accumulated in float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    wide = a.dtype == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
     dims = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 

@@ -94,7 +94,7 @@ def _matmul(implementation, how, x, blocks, bias):
 
 
 def _forward(implementation, how, *arrays):
-    return _matmul(implementation, how, *arrays), arrays
+    return _run("forward", implementation, how, *arrays), arrays
 
 
 def _backward(implementation, how, arrays, dy):

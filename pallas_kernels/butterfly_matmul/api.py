@@ -82,7 +82,7 @@ def _matmul(implementation, how, x, twiddle):
 
 
 def _forward(implementation, how, *arrays):
-    return _matmul(implementation, how, *arrays), arrays
+    return _run("forward", implementation, how, *arrays), arrays
 
 
 def _backward(implementation, how, arrays, dy):
@@ -107,5 +107,8 @@ def _run(direction, implementation, how, *arrays):
         reason = module.unsupported(*arrays[:2], how[0], direction == "backward")
         if dispatch.manual(arrays):
             reason = "inside shard_map a kernel needs check_vma=False"
-        kernels[platform] = dispatch.Kernel(name, functools.partial(call, module), reason)
+        kernel = functools.partial(call, module)
+        if module is tpu and arrays[1].shape[-1] == 1:  # a Monarch product's kernels
+            kernel = dispatch.by_example(kernel)
+        kernels[platform] = dispatch.Kernel(name, kernel, reason)
     return dispatch.choose("butterfly_matmul", implementation, arrays, on_cpu, elsewhere, kernels)

@@ -34,6 +34,9 @@ def compose(twiddle: jax.Array, first: int, count: int, increasing: bool) -> jax
     all_strides = strides(stages, increasing)
     S, R = min(all_strides[first : first + count]), 2**count
     D = 2 * pairs // (R * S)
+    if count == 1:
+        factor = twiddle[first].astype(wide).reshape(D, S, 2, 2, b, b)
+        return factor.transpose(0, 1, 3, 5, 2, 4).reshape(D, S, 2 * b, 2 * b)
     found = jnp.broadcast_to(jnp.eye(R * b, dtype=wide), (D, S, R * b, R * b))
     for stage in range(first, first + count):
         low = all_strides[stage] // S

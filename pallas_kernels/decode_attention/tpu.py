@@ -269,7 +269,8 @@ def _wait(state, unit: _Unit, plan: Plan):
 def _absorb(q, heads, k, v, state, plan: Plan, unit: _Unit | None = None):
     """Adds a block; with a unit, the keys of it that each query sees."""
     settings = plan.settings
-    precision = None if k.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    narrow = k.dtype == jnp.bfloat16
+    precision = jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
     x = _dot(q[...], k[...], 1, precision)
     if settings.softcap is None:
         x = x * (settings.scale * LOG2E)

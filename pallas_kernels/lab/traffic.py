@@ -120,7 +120,7 @@ def _inner(eqn, given):
         if given[0] is None:
             raise ValueError("a kernel under lax.cond on a value that is not given is not counted")
         return eqn.params["branches"][int(given[0])], given[1:]
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         inner = eqn.params.get(key)
         if hasattr(inner, "consts") and eqn.primitive.name not in ("scan", "pallas_call"):
             return inner, given

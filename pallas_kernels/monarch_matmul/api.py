@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch, mesh
 from pallas_kernels.epilogue import finish
@@ -35,7 +37,8 @@ def monarch_matmul(
     As M = P L P^T R of arXiv 2204.00595 for row vectors, where K = L and all blocks are square;
     the factors may have different numbers of blocks, of any shape with K q = L r.
     Reverse-mode derivatives in x, right, left and bias. z is rounded to x's dtype, sums are in
-    float32 (float64 for float64), gradients of the factors summed before they are rounded.
+    float32 (float64 for float64), gradients of the factors summed before they are rounded, but over
+    devices where features are split (`split`).
 
     On a TPU it is one kernel each way: x is read and y written once, in their true order, and z
     stays on chip. Where blocks are so large that its way to memory costs no time, z is kept for the
@@ -75,7 +78,7 @@ def monarch_matmul(
     split = _split(x, right, left, sharding, outputs)
     if split is not None:
         run = _Run(implementation, precision)
-        y = split_matmul(split, run, precision, x, right, left)
+        y = split_matmul(split, run, x, right, left)
         wide = jnp.promote_types(y.dtype, jnp.float32)
         return finish(y.astype(wide), bias, activation).astype(x.dtype)
     found = mesh.rows_layout("monarch_matmul", x, sharding)
@@ -97,19 +100,21 @@ def _split(x, right, left, sharding, outputs) -> Split | None:
     """How features are split; None where they are whole.
 
     Raises:
-      ValueError: both are split, `outputs` without a sharding, or sizes that do not divide.
+      ValueError: both are split, `outputs` without a sharding, axes that the mesh has not or that
+        split rows, or sizes that do not divide.
     """
-    inputs = None
-    if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) == x.ndim:
+    inputs, named = None, isinstance(sharding, NamedSharding)
+    if named and len(sharding.spec) == x.ndim:
         inputs = sharding.spec[-1]
     if inputs is None and outputs is None:
         return None
-    if sharding is None or (inputs is not None and outputs is not None):
+    if not named or (inputs is not None and outputs is not None):
         raise ValueError(
-            "monarch_matmul: outputs must be None where sharding splits the features of x or is"
-            f" None; got {outputs!r} and {sharding}"
+            "monarch_matmul: outputs must be None where sharding splits the features of x or is no "
+            f"NamedSharding; got {outputs!r} and {sharding}"
         )
-    lead = (*sharding.spec, *(None,) * x.ndim)[: x.ndim - 1]
+    rows = P(*sharding.spec[:-1]) if inputs is not None else sharding.spec
+    _, lead, _ = mesh.rows_layout("monarch_matmul", x, NamedSharding(sharding.mesh, rows))
     found = Split(sharding.mesh, lead, inputs, outputs)
     reason = misfit(found, right, left)
     if reason:
@@ -174,7 +179,10 @@ def _run(
             reason = module.unsupported(x, right, left, direction == "backward")
         if dispatch.manual(arrays):
             reason = "inside shard_map a kernel needs check_vma=False"
-        kernels[platform] = dispatch.Kernel(name, functools.partial(call, module), reason)
+        kernel = functools.partial(call, module)
+        if module is tpu:  # its weights stay in HBM, which no batched kernel can have
+            kernel = dispatch.by_example(kernel, rows=direction == "forward" and not keep)
+        kernels[platform] = dispatch.Kernel(name, kernel, reason)
     return dispatch.choose("monarch_matmul", implementation, arrays, on_cpu, elsewhere, kernels)
 
 

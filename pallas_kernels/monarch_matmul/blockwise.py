@@ -12,7 +12,8 @@ def forward(x, right, left, bias, activation, precision, platform="cpu"):
     z = _second_input(x.reshape(M, x.shape[-1]), right, left, precision, platform)
     y = _product(z, left, precision, platform)  # [L, M, s]
     y = y.transpose(1, 2, 0).reshape(*lead, -1)
-    return finish(y, bias, activation).astype(x.dtype)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return finish(y.astype(wide), bias, activation).astype(x.dtype)
 
 
 def backward(x, right, left, dy, precision, platform="cpu"):

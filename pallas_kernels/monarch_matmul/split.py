@@ -15,7 +15,7 @@ import functools
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import mesh as mesh_lib
@@ -37,8 +37,8 @@ class Split(NamedTuple):
     outputs: str | tuple[str, ...] | None
 
     @property
-    def axes(self) -> str | tuple[str, ...]:
-        return self.inputs or self.outputs
+    def axes(self) -> tuple[str, ...]:
+        return _names(self.inputs or self.outputs)
 
     @property
     def ways(self) -> int:
@@ -54,12 +54,20 @@ class Split(NamedTuple):
     @property
     def sums(self) -> tuple[str, ...]:
         """Axes over which gradients of weights are summed: those of the rows."""
-        entries = (e if isinstance(e, tuple) else (e,) for e in self.lead if e is not None)
-        return tuple(axis for entry in entries for axis in entry)
+        return tuple(axis for entry in self.lead for axis in _names(entry))
 
 
 def misfit(split: Split, right: jax.Array, left: jax.Array) -> str | None:
     """Why the factors cannot be split so, and which sizes could; None where they can."""
+    for axis in split.axes:
+        if axis not in split.mesh.shape or axis in split.sums:
+            why = "splits rows" if axis in split.sums else "is none of the mesh"
+            return (
+                f"axis {axis!r}, which is to split features, {why}; axes of the mesh: "
+                f"{', '.join(split.mesh.shape)}"
+            )
+    if AxisType.Explicit in split.mesh.axis_types:
+        return "features are split on meshes whose axes are of type Auto, not Explicit"
     (blocks, _, _), (_, rows, columns) = right.shape, left.shape
     sizes = {"K, blocks of right,": blocks}
     if split.inputs:
@@ -68,12 +76,13 @@ def misfit(split: Split, right: jax.Array, left: jax.Array) -> str | None:
         sizes["s, columns of a block of left,"] = columns
     for name, size in sizes.items():
         if size % split.ways:
-            return f"{name} {size} must be a multiple of the {split.ways} devices of {split.axes!r}"
+            over = " and ".join(split.axes)
+            return f"{name} {size} must be a multiple of the {split.ways} devices of {over}"
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def split_matmul(split: Split, run, precision, x, right, left):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def split_matmul(split: Split, run, x, right, left):
     """x W on the mesh, without bias; differentiable.
 
     Sums over devices are of results that are rounded to x's dtype.
@@ -81,13 +90,12 @@ def split_matmul(split: Split, run, precision, x, right, left):
     Args:
       split: one of inputs and outputs.
       run: ("forward", x, right, left, None) and ("backward", x, right, left, dy) of the whole
-        product on the arrays of one device.
-      precision: of the other products.
+        product on the arrays of one device, by `run.implementation`.
     """
-    return _forward(split, run, precision, x, right, left)[0]
+    return _forward(split, run, x, right, left)[0]
 
 
-def _forward(split, run, precision, x, right, left):
+def _forward(split, run, x, right, left):
     of_x, of_right, of_left, of_y = split.specs
     if split.inputs:
 
@@ -98,16 +106,16 @@ def _forward(split, run, precision, x, right, left):
         return y, (x, right, left, None)
 
     def columns(x, right, left):
-        z = _first(precision, x, right)
+        z = _first(run, x, right)
         z = jax.lax.all_gather(z, split.axes, axis=z.ndim - 1, tiled=True)
-        return _second(precision, z, left), z
+        return _second(run, z, left), z
 
     of_z = P(*split.lead, None)
     y, z = _on(split, columns, (of_x, of_right, of_left), (of_y, of_z))(x, right, left)
     return y, (x, right, left, z)
 
 
-def _backward(split, run, precision, residuals, dy):
+def _backward(split, run, residuals, dy):
     x, right, left, z = residuals
     of_x, of_right, of_left, of_y = split.specs
 
@@ -118,15 +126,16 @@ def _backward(split, run, precision, residuals, dy):
 
         def whole(x, right, left, dy):
             dx, *dweights = run("backward", x, right, left, dy)
-            return dx, *summed(*dweights)
+            dright, dleft = summed(*dweights)
+            return dx, dright.astype(right.dtype), dleft.astype(left.dtype)
 
         specs = (of_x, of_right, of_left, of_y)
         return _on(split, whole, specs, specs[:3])(x, right, left, dy)
 
     def columns(x, right, left, z, dy):
-        dz, dleft = jax.vjp(functools.partial(_second, precision), z, left)[1](dy)
+        dz, dleft = jax.vjp(functools.partial(_second, run), z, left)[1](dy)
         dz = jax.lax.psum_scatter(dz, split.axes, scatter_dimension=dz.ndim - 1, tiled=True)
-        dx, dright = jax.vjp(functools.partial(_first, precision), x, right)[1](dz)
+        dx, dright = jax.vjp(functools.partial(_first, run), x, right)[1](dz)
         return dx, *summed(dright, dleft)
 
     specs = (of_x, of_right, of_left, P(*split.lead, None), of_y)
@@ -140,12 +149,17 @@ def _on(split, compute, in_specs, out_specs):
     return mesh_lib.shard_map(compute, split.mesh, in_specs, out_specs)
 
 
-def _first(precision, x, right):
+def _names(axes) -> tuple[str, ...]:
+    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+
+
+def _first(run, x, right):
     """z of x, block by block."""
-    return block_diagonal_matmul(x, right, precision=precision)
+    how = {"precision": run.precision, "implementation": run.implementation}
+    return block_diagonal_matmul(x, right, **how)
 
 
-def _second(precision, z, left):
+def _second(run, z, left):
     """y of z: block l takes every L-th feature, and its outputs come back interleaved."""
     blocks, _, columns = left.shape
     return block_diagonal_matmul(
@@ -153,5 +167,6 @@ def _second(precision, z, left):
         left,
         permute_inputs=Stride(blocks),
         permute_outputs=Stride(columns),
-        precision=precision,
+        precision=run.precision,
+        implementation=run.implementation,
     )

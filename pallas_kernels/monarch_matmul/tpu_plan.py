@@ -147,6 +147,7 @@ def plan(
         if rows <= max(M, LEAST_ROWS)
     ]
     fits = [found for found in plans if found.vmem <= of.planned] or plans[-1:]
+    fits = [found for found in fits if found.cores == of.cores] or fits  # or a core is idle
     return next((found for found in fits if found.straight), fits[0])
 
 

@@ -21,6 +21,7 @@ from pallas_kernels.interleave import (
     take_lanes,
 )
 from pallas_kernels.monarch_matmul.tpu_plan import Plan
+from pallas_kernels.tpu_dot import dot
 
 
 def scratch(plan: Plan, dtype) -> dict:
@@ -152,17 +153,13 @@ def row_tile(t, plan: Plan):
 def permute_rows(order: jax.Array, a: jax.Array) -> jax.Array:
     """order @ a for a permutation matrix in bfloat16: exactly the elements of a."""
     if a.dtype == jnp.bfloat16:
-        return dot(order, a).astype(a.dtype)
+        return dot(order, a, None).astype(a.dtype)
     # The 24 bits of a float32 are those of three bfloat16.
     found, left = jnp.zeros_like(a), a
     for _ in range(3):
         part = left.astype(jnp.bfloat16)
-        found, left = found + dot(order, part), left - part.astype(a.dtype)
+        found, left = found + dot(order, part, None), left - part.astype(a.dtype)
     return found
-
-
-def dot(a, b):
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
 def _tile(i):
