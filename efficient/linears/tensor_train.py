@@ -66,6 +66,7 @@ def tensor_train_project(
     ranks: Sequence[int],
 ) -> list[Float[Array, "_ _ _ _"]]:
     """Cores of these inner ranks, by TT-SVD."""
+    _check_ranks(ranks, in_shape, out_shape)
     d = len(in_shape)
     order = [axis for k in range(d) for axis in (k, d + k)]
     rest, before, cores = matrix.reshape(*in_shape, *out_shape).transpose(order), 1, []
@@ -98,6 +99,22 @@ def most_ranks(in_shape: Sequence[int], out_shape: Sequence[int]) -> list[int]:
 def ranks_within(rank: int, in_shape: Sequence[int], out_shape: Sequence[int]) -> list[int]:
     """`rank` at every cut of the tensor that can have it, else the most that it can."""
     return [min(rank, most) for most in most_ranks(in_shape, out_shape)]
+
+
+def reachable_ranks(
+    ranks: Sequence[int], in_shape: Sequence[int], out_shape: Sequence[int]
+) -> list[int]:
+    """The largest ranks, none above the given, that cores of full rank can have.
+
+    r_k <= r_(k-1) i_k j_k, the rows of G_k, and r_(k-1) <= i_k j_k r_k, its columns.
+    """
+    sizes = [i * j for i, j in zip(in_shape, out_shape, strict=True)]
+    found = [1, *ranks, 1]
+    for k, size in enumerate(sizes):
+        found[k + 1] = min(found[k + 1], found[k] * size)
+    for k, size in reversed(list(enumerate(sizes))):
+        found[k] = min(found[k], size * found[k + 1])
+    return found[1:-1]
 
 
 @register("linear", "tensor_train")
@@ -200,11 +217,23 @@ def _ranks(rank: int, ranks: list[int] | None, in_shape, out_shape) -> list[int]
                 f" a tensor of {in_shape} x {out_shape} can have"
             )
         return ranks_within(rank, in_shape, out_shape)
+    _check_ranks(ranks, in_shape, out_shape)
+    return list(ranks)
+
+
+def _check_ranks(ranks: Sequence[int], in_shape: Sequence[int], out_shape: Sequence[int]) -> None:
+    most = most_ranks(in_shape, out_shape)
     if len(ranks) != len(most) or any(not 1 <= r <= m for r, m in zip(ranks, most, strict=True)):
         raise UserError(
             f"tensor_train: ranks={list(ranks)} must be {len(most)} numbers from 1 to {most}"
         )
-    return list(ranks)
+    near = reachable_ranks(ranks, in_shape, out_shape)
+    for k, (rank, fits) in enumerate(zip(ranks, near, strict=True)):
+        if rank > fits:
+            raise UserError(
+                f"tensor_train: ranks={list(ranks)}: the rank {rank} of cut {k + 1} can be at most"
+                f" {fits} beside its neighbours; the nearest ranks below that work are {near}"
+            )
 
 
 TEST = "tests/papers/test_stacked_tensorial.py"

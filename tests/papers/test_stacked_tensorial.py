@@ -16,7 +16,12 @@ from efficient import data as data_lib
 from efficient import model as model_lib
 from efficient.data.poisson import ScreenedPoisson, solve
 from efficient.errors import UserError
-from efficient.linears.tensor_train import TensorTrain, balanced, tensor_train_project
+from efficient.linears.tensor_train import (
+    TensorTrain,
+    balanced,
+    reachable_ranks,
+    tensor_train_project,
+)
 from efficient.objectives.regression import Regression
 from efficient.planning.flops import count_flops
 from efficient.scope import Context, Rules, Scope
@@ -167,6 +172,35 @@ def test_balanced_factors():
 def test_bad_arguments_are_refused(arguments, words):
     with pytest.raises(UserError, match=words):
         TensorTrain(Scope(Rules()), 24, 27, False, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ([1, 16, 4], r"rank 16 of cut 2 can be at most 4 .* work are \[1, 4, 4\]"),
+        ([4, 16, 1], r"rank 16 of cut 2 can be at most 4 .* work are \[4, 4, 1\]"),
+        ([4, 9, 2], r"rank 9 of cut 2 can be at most 8 .* work are \[4, 8, 2\]"),
+    ],
+)
+def test_ranks_that_a_neighbour_cannot_carry_are_refused(ranks, words):
+    """Each within the products of all factors on either side; the ranks that are named work."""
+    factors, matrix = [2, 2, 2, 2], jnp.asarray(np.random.default_rng(0).normal(size=(16, 16)))
+    with pytest.raises(UserError, match=words) as error:
+        layer(factors, factors, ranks)
+    with pytest.raises(UserError, match=words):
+        tensor_train_project(matrix, factors, factors, ranks)
+    near = list(map(int, str(error.value).rsplit("[", 1)[1].rstrip("]").split(", ")))
+    module = layer(factors, factors, near)
+    parts = module.project(matrix)
+    assert {p: a.shape for p, a in parts.items()} == {p: v.shape for p, v in model_lib.walk(module)}
+    assert [np.linalg.matrix_rank(c.reshape(-1, c.shape[-1])) for c in parts.values()] == [*near, 1]
+
+
+def test_one_rank_for_all_cuts_can_be_carried():
+    shapes = {"in_shape": [2, 3, 1, 2], "out_shape": [3, 2, 4, 3]}
+    for rank in range(1, 25):
+        module = TensorTrain(Scope(Rules()), 12, 72, False, rank=rank, **shapes)
+        assert reachable_ranks(module.ranks, *shapes.values()) == list(module.ranks)
 
 
 def sparse_solve(boundary, kappa, height):
