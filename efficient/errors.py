@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import math
 import types
 from collections.abc import Iterable
 
@@ -19,6 +20,15 @@ def optional(module: str, extra: str) -> types.ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(f'{error.name} is not installed: pip install -e ".[{extra}]"') from None
+
+
+def check_finite(name: str, array) -> None:
+    """Refuses an array of which any value is NaN or infinite; `name` says whose it is and where."""
+    wrong = array.size - int((abs(array) < math.inf).sum())
+    if wrong:
+        raise UserError(
+            f"{name} has {wrong} value(s) that are not finite; start from an earlier checkpoint"
+        )
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

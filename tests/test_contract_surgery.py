@@ -17,6 +17,7 @@ from configs import common
 from efficient import model as model_lib
 from efficient import registry
 from efficient.checkpoints import layout
+from efficient.errors import UserError
 from efficient.objectives.likelihood import NextToken
 from efficient.scope import Context, Rules, Scope
 from efficient.surgery.common import carry
@@ -32,6 +33,19 @@ UNTIL_ANOTHER_MOVES = ("lora_a", "a_out", "a_in", "b_out")
 INFERENCE = {"sparse_int8"}  # what it makes has no gradient
 # Of whose model a step is compiled among the fast tests.
 QUICK = {"ia3", "lottery_ticket"}
+# The array that is spoilt, for each that makes arrays from others' values.
+UP = "blocks/1/channel/up"
+READS = {
+    "block_prune": f"{UP}/kernel",
+    "dense_to_low_rank": f"{UP}/kernel",
+    "dense_to_monarch": f"{UP}/kernel",
+    "gwnlp": f"{UP}/kernel",
+    "lottery_ticket": f"{UP}/kernel",
+    "merge": "blocks/1/mixer/q/b_in",
+    "monarch_to_dense": f"{UP}/left",
+    "sparse_int8": f"{UP}/base/kernel",
+    "tp_aware_dequant": f"{UP}/kernel",
+}
 KEEPS, CHANGES = True, False  # whether the function is as before
 
 # name: (arguments, rules before the host's own, surgeries before, whether the function is kept)
@@ -71,15 +85,19 @@ def operate(surgery, model, values, key):
     return model, getattr(surgery, "convert", carry)(values, model, key)
 
 
+def host(name: str) -> Decoder:
+    """The model that a row begins with."""
+    rules = Rules([*ROWS[name][1], *common.gpt2(D, LAYERS, 2)])
+    sizes = {"vocab_size": V, "width": D, "depth": LAYERS, "max_length": T, "scan_from": 2}
+    return Decoder(Scope(rules), **sizes)
+
+
 class Operation:
     """The model and its arrays before and after one surgery."""
 
     def __init__(self, name: str):
-        self.arguments, first, earlier, self.keeps = ROWS[name]
-        self.name, rules = name, Rules([*first, *common.gpt2(D, LAYERS, 2)])
-        sizes = {"vocab_size": V, "width": D, "depth": LAYERS, "max_length": T, "scan_from": 2}
-        self.key = jax.random.key(0)
-        self.before = Decoder(Scope(rules), **sizes)
+        self.arguments, _, earlier, self.keeps = ROWS[name]
+        self.name, self.before, self.key = name, host(name), jax.random.key(0)
         values = jax.jit(functools.partial(model_lib.init, self.before))(self.key)
         rng = np.random.default_rng(0)
 
@@ -133,6 +151,22 @@ def test_convert_gives_the_declared_arrays_and_no_others(operation):
     )
     for path, array in operation.new.items():  # a resumed run comes by the same bits
         np.testing.assert_array_equal(again[path], array, err_msg=path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", READS)
+def test_an_array_that_is_not_finite_is_refused_by_its_path(name, value):
+    (arguments, _, earlier, _), model, key = ROWS[name], host(name), jax.random.key(0)
+    rng = np.random.default_rng(0)
+    shapes = model_lib.abstract(model)
+    values = {p: jnp.asarray(rng.normal(size=s.shape), s.dtype) for p, s in shapes.items()}
+    for other, other_arguments in earlier:
+        model, values = operate(make(other, other_arguments), model, values, key)
+    array = values[READS[name]]
+    spoilt = array.ravel().at[:2].set(value).reshape(array.shape)
+    words = f"^{name}: {READS[name]} has 2 value\\(s\\) that are not finite; start from"
+    with pytest.raises(UserError, match=words):
+        operate(make(name, arguments), model, values | {READS[name]: spoilt}, key)
 
 
 def test_what_it_does_not_speak_of_is_kept_to_the_last_bit(operation):

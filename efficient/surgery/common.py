@@ -62,10 +62,15 @@ def carry(values: Arrays, model: nnx.Module, key: Array) -> Arrays:
     its `base`; the others are drawn by their initializers."""
     kept = {}
     for path, _ in walk(model):
-        old = next((p for p in _former_paths(path) if p in values), None)
+        old = former_path(path, values)
         if old is not None:
             kept[path] = values[old]
     return kept | init(model, key, only=lambda path: path not in kept)
+
+
+def former_path(path: str, values: Mapping[str, Array]) -> str | None:
+    """Where `values` hold the array of a path, before or after wrapping; None if nowhere."""
+    return next((p for p in _former_paths(path) if p in values), None)
 
 
 def _former_paths(path: str) -> Iterator[str]:
@@ -92,9 +97,7 @@ def initial_values(model: nnx.Module, key: Array, like: Mapping[str, Array]) -> 
       key: the run's initialization key.
       like: present arrays, by path before or after wrapping; each result is placed like its own.
     """
-    found = {
-        p: next((like[q] for q in _former_paths(p) if q in like), None) for p, _ in walk(model)
-    }
+    found = {p: like.get(former_path(p, like)) for p, _ in walk(model)}
     shardings = {p: getattr(array, "sharding", None) for p, array in found.items()}
     # Under jit, as at the start of the run: XLA folds constants, which can change the last bit.
     draw = jax.jit(lambda key: init(model, key, name=unwrapped), out_shardings=shardings)

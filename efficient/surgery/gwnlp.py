@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from efficient.errors import UserError
+from efficient.errors import UserError, check_finite
 from efficient.init import ONES, ZEROS, FanIn
 from efficient.linears.dense import Dense
 from efficient.linears.matmul import dense
 from efficient.model import Arrays, bind, modules, replace
 from efficient.registry import register
 from efficient.scope import Context, param
-from efficient.surgery.common import carry, features, innermost, linears, merged_arrays
+from efficient.surgery.common import carry, features, former_path, innermost, linears, merged_arrays
 
 TRAINED = r".*/(lora_a|lora_b|magnitude)"
 
@@ -108,6 +108,8 @@ class WeightNorm:
             if isinstance(module, WeightNormLinear) and f"{path}/magnitude" not in values:
                 start = f"{path}/base/"
                 own = {p.removeprefix(start): v for p, v in new.items() if p.startswith(start)}
+                for name, array in own.items():
+                    check_finite(f"gwnlp: {former_path(start + name, values)}", array)
                 matrix = bind(module.base, own).materialize()
                 new[f"{path}/magnitude"] = column_norm(matrix)
         return new

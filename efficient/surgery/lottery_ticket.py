@@ -24,13 +24,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from efficient.errors import UserError
+from efficient.errors import UserError, check_finite
 from efficient.init import ONES
 from efficient.model import Arrays, bind, replace, walk
 from efficient.papers import Claim, Paper
 from efficient.registry import register
 from efficient.scope import Context, buffer
-from efficient.surgery.common import carry, initial_values, linears
+from efficient.surgery.common import carry, former_path, initial_values, linears
 
 Survivors = Literal["rewind", "reinitialize", "keep"]
 
@@ -163,18 +163,20 @@ class LotteryTicket:
         """Masks from the trained weights; everything else as `survivors` says."""
         trained = carry(values, model, key)
         masks = {p: trained[p] for p in trained if _is_mask(p)}
-        masks = masks | self._tightened(masks, trained, model)
+        masks = masks | self._tightened(masks, trained, model, values)
         if self.survivors == "keep":
             return trained | masks
         if self.survivors == "reinitialize":
             key = jax.random.fold_in(key, self.seed)
         return initial_values(model, key, values) | masks
 
-    def _tightened(self, masks, trained, model) -> dict[str, Bool[Array, "..."]]:
+    def _tightened(self, masks, trained, model, values) -> dict[str, Bool[Array, "..."]]:
         """The masks of the linears at `at`."""
         own = {path for path, _ in linears(model, self.at)}
         masks = {p: m for p, m in masks.items() if p.split("/masks/")[0] in own}
         weights = {p: trained[_weight_of(p)] for p in masks}
+        for p, array in weights.items():
+            check_finite(f"lottery_ticket: {former_path(_weight_of(p), values)}", array)
         if self.together:
             return prune_together(masks, weights, self.rate)
         return {p: prune(m, weights[p], self._rate(p)) for p, m in masks.items()}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from efficient.errors import check_finite
 from efficient.linears.dense import Dense
 from efficient.linears.low_rank import LowRank
 from efficient.model import Arrays, modules, replace
@@ -43,6 +44,7 @@ class DenseToLowRank:
         for path, layer in modules(model):
             kernel = values.get(f"{path}/kernel")
             if isinstance(layer, LowRank) and kernel is not None:
+                check_finite(f"dense_to_low_rank: {path}/kernel", kernel)
                 factors = layer.project(kernel.astype(jnp.float32))
                 new |= {f"{path}/{n}": a.astype(kernel.dtype) for n, a in factors.items()}
         return new

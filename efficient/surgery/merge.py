@@ -3,7 +3,7 @@
 from flax import nnx
 from jaxtyping import Array
 
-from efficient.errors import UserError
+from efficient.errors import UserError, check_finite
 from efficient.linears.dense import Dense
 from efficient.model import Arrays, bind, replace
 from efficient.registry import register
@@ -42,6 +42,8 @@ class Merge:
         for path, wrapper in self.wrappers.items():
             start = f"{path}/"
             own = {p.removeprefix(start): v for p, v in values.items() if p.startswith(start)}
+            for name, array in own.items():
+                check_finite(f"merge: {path}/{name}", array)
             for name, array in bind(wrapper, own).merged().items():
                 merged[f"{path}/{name}"] = array
         return carry(values | merged, model, key)

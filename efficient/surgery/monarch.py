@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from efficient.errors import UserError
+from efficient.errors import check_finite
 from efficient.linears.dense import Dense
 from efficient.linears.monarch import Monarch, monarch_matrix
 from efficient.model import Arrays, modules, replace
@@ -47,12 +47,7 @@ class DenseToMonarch:
         for path, layer in modules(model):
             kernel = values.get(f"{path}/kernel")
             if isinstance(layer, Monarch) and kernel is not None:
-                wrong = int(kernel.size - jnp.isfinite(kernel).sum())
-                if wrong:
-                    raise UserError(
-                        f"dense_to_monarch: {path}/kernel has {wrong} value(s) that are not"
-                        " finite; start from an earlier checkpoint"
-                    )
+                check_finite(f"dense_to_monarch: {path}/kernel", kernel)
                 factors = layer.project(kernel.astype(jnp.float32))
                 new |= {f"{path}/{n}": a.astype(kernel.dtype) for n, a in factors.items()}
         return new
@@ -79,5 +74,7 @@ class MonarchToDense:
         for path, layer in modules(model):
             right, left = values.get(f"{path}/right"), values.get(f"{path}/left")
             if isinstance(layer, Dense) and right is not None:
+                for name, factor in (("right", right), ("left", left)):
+                    check_finite(f"monarch_to_dense: {path}/{name}", factor)
                 new[f"{path}/kernel"] = monarch_matrix(right, left, *layer.kernel.shape)
         return new

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from efficient.errors import UserError
+from efficient.errors import UserError, check_finite
 from efficient.init import ONES
 from efficient.linears.dense import Dense
 from efficient.linears.matmul import dense
@@ -21,7 +21,7 @@ from efficient.model import Arrays, modules, replace
 from efficient.papers import Claim, Paper
 from efficient.registry import register
 from efficient.scope import Context, buffer
-from efficient.surgery.common import carry, matching
+from efficient.surgery.common import carry, former_path, matching
 
 
 class PrunedLinear(nnx.Module):
@@ -87,6 +87,8 @@ class BlockPrune:
         for path, layer in modules(model):
             if isinstance(layer, PrunedLinear):
                 kernel = new[f"{path}/base/kernel"]
+                where = former_path(f"{path}/base/kernel", values)
+                check_finite(f"block_prune: {where}", kernel)
                 old = values.get(f"{path}/mask")
                 if old is not None:  # what is pruned stays so
                     kernel = kernel * entries_of(old, layer.block)
@@ -117,6 +119,7 @@ class ToSparseInt8:
             kernel = values.get(f"{path}/base/kernel")
             if not isinstance(layer, SparseInt8) or kernel is None:
                 continue
+            check_finite(f"sparse_int8: {path}/base/kernel", kernel)
             packed = pack(kernel, values[f"{path}/mask"], layer.block)
             names = (f"{path}/{name}" for name in ("blocks", "places", "scale"))
             moved |= zip(names, packed, strict=True)

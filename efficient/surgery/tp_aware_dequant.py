@@ -23,12 +23,11 @@ stand in for it. `int4.quantize` takes any order.
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from efficient.channels.mlp import GLU, MLP
-from efficient.errors import UserError
+from efficient.errors import UserError, check_finite
 from efficient.linears.dense import Dense
 from efficient.linears.int4 import (
     Int4,
@@ -151,12 +150,7 @@ class TPAwareDequant:
 
     def _quantized(self, values: Arrays, path: str) -> Quantized:
         kernel = values[f"{path}/kernel"]
-        wrong = int(kernel.size - jnp.isfinite(kernel).sum())
-        if wrong:
-            raise UserError(
-                f"tp_aware_dequant: {path}/kernel has {wrong} value(s) that are not finite; start"
-                " from an earlier checkpoint"
-            )
+        check_finite(f"tp_aware_dequant: {path}/kernel", kernel)
         return quantize(kernel, self.group_size, bias=values.get(f"{path}/bias"))
 
 
