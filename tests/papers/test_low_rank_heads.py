@@ -1,5 +1,9 @@
 """Factorized projections: value, variance at initialization by depth, and the TEV metric."""
 
+import functools
+import re
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,42 +54,73 @@ def test_variance_of_a_projection(init_std):
         assert 0.15 < RANK * STD**2 < 0.16
 
 
-def variances(depth, low_rank, seeds=16):
-    """The residual stream's variance over features after 0, 1, ... blocks, at initialization."""
-    factors = {"use": "low_rank", "rank": RANK, "init_std": STD}
+@functools.cache
+def first_block(rank):
+    """(a block whose q, k and v have this rank, full with None; what it gives and attention adds).
+
+    The function takes stacked arrays and inputs, one of each a draw.
+    """
+    factors = {"use": "low_rank", "rank": rank, "init_std": STD}
     rules = [
-        *([{"at": r".*/mixer/(q|k|v)", **factors}] if low_rank else []),
+        *([{"at": r".*/mixer/(q|k|v)", **factors}] if rank else []),
         {"at": r".*/mixer", "use": "attention", "heads": 4, "kernel": "reference"},
         {"at": r"blocks/.*", "use": "dense", "init_std": STD},
     ]
     scope = Scope(Rules(rules))
     block = Decoder(scope, vocab_size=32, width=WIDTH, depth=1, max_length=8).blocks.blocks[0]
 
-    step = jax.jit(jax.vmap(lambda arrays, x: bind(block, arrays)(x, Context())[0]))
-    rng = np.random.default_rng(0)
+    def apply(arrays, x):
+        bound, context = bind(block, arrays), Context()
+        added = bound.mixer(bound.mixer_norm(x, context), context)
+        return bound(x, context)[0], added
 
-    def draw(variable):
+    return block, jax.jit(jax.vmap(apply))
+
+
+def variances(depth, rank=None, scale=1.0, seeds=16):
+    """Variances over features at initialization: of the residual stream after 0, 1, ... blocks,
+    and of what attention adds to it in each.
+
+    `scale` multiplies full q, k and v. Whatever they are, all other arrays are the same.
+    """
+    block, step = first_block(rank)
+
+    def draw(path, variable, index):
         """By the declared initializer; in NumPy, since its program takes seconds to compile."""
         rule, shape = variable.get_metadata("init_fn"), (seeds, *variable.shape)
         if isinstance(rule, Constant):
             return np.full(shape, rule.value, np.float32)
-        return (rule.std * rng.normal(size=shape)).astype(np.float32)
+        rng = np.random.default_rng([index, zlib.crc32(path.encode())])
+        std = rule.std * (scale if re.fullmatch(r"mixer/(q|k|v)/kernel", path) else 1)
+        return (std * rng.normal(size=shape)).astype(np.float32)
 
-    x = rng.normal(size=(seeds, 4, 8, WIDTH)).astype(np.float32) * 0.3
-    found = [np.var(x, axis=-1).mean()]
-    for _ in range(depth):
-        x = np.asarray(step({path: draw(variable) for path, variable in walk(block)}, x))
+    x = np.random.default_rng(0).normal(size=(seeds, 4, 8, WIDTH)).astype(np.float32) * 0.3
+    found, additions = [np.var(x, axis=-1).mean()], []
+    for index in range(depth):
+        x, added = step({path: draw(path, v, index) for path, v in walk(block)}, x)
         found.append(np.var(x, axis=-1).mean())
-    return np.array(found)
+        additions.append(np.var(added, axis=-1).mean())
+    return np.array(found), np.array(additions)
 
 
 def test_variance_grows_less_with_depth():
-    """The mean over 16 draws of the weights: the gap widens block by block."""
-    full, low = variances(12, False), variances(12, True)
-    assert full[0] == low[0] and (np.diff(full) > 0).all() and (np.diff(low) > 0).all()
-    gap = full - low
-    assert (gap[1:] > 0).all() and gap[12] > gap[6] > gap[1]
-    assert low[-1] < 0.95 * full[-1]
+    """Means over 16 draws of the weights, of two ranks.
+
+    In the first block attention adds r s^2 of what full q, k and v make it add, as one projection
+    gives; over 12 blocks from two thirds to all of that. Full ones of as large a product,
+    of standard deviation sqrt(r) s^2, add the same.
+    """
+    full, of_full = variances(12)
+    assert (np.diff(full) > 0).all()
+    for rank in (RANK, 2 * RANK):
+        (low, of_low), (small, of_small) = variances(12, rank), variances(12, None, rank**0.5 * STD)
+        gap, predicted = full - low, rank * STD**2
+        assert gap[0] == 0 and (gap[1:] > 0).all() and gap[12] > gap[6] > gap[1]
+        assert (np.diff(low) > 0).all() and low[12] < 0.95 * full[12]
+        np.testing.assert_allclose(of_low[0] / of_full[0], predicted, rtol=0.15)
+        assert 2 / 3 * predicted < of_low.sum() / of_full.sum() < predicted
+        np.testing.assert_allclose(of_small.sum(), of_low.sum(), rtol=0.1)
+        np.testing.assert_allclose(small[12], low[12], rtol=0.05)
 
 
 def test_token_embedding_variability():
