@@ -41,7 +41,11 @@ def hadamard(m: int) -> tuple[Float[np.ndarray, "m m m"], Float[np.ndarray, "m m
       UserError: m is no power of two.
     """
     if m < 1 or m & (m - 1):
-        raise UserError(f"hadamard: m={m} must be a power of two, the order is m * m")
+        low = 1 << max(m, 1).bit_length() - 1
+        best = min(low, 2 * low, key=lambda power: abs(power - m))
+        raise UserError(
+            f"hadamard: m={m} must be a power of two, the order is m * m; the nearest is {best}"
+        )
     matrix = np.ones((1, 1))
     while matrix.shape[0] < m:
         matrix = np.kron([[1.0, 1.0], [1.0, -1.0]], matrix)
@@ -55,9 +59,18 @@ def transposed(x: Array) -> Array:
     return x.reshape(*x.shape[:-1], m, m).swapaxes(-1, -2).reshape(x.shape)
 
 
-def circular_convolution(x: Float[Array, "*B n"], h: Float[Array, " n"]) -> Float[Array, "*B n"]:
-    """sum_t h[t] x[(f - t) mod n] for n = m^2, by four Monarch products of complex factors."""
+def circular_convolution(x: Float[Array, "*B n"], h: Float[Array, " _"]) -> Float[Array, "*B n"]:
+    """sum_t h[t] x[(f - t) mod n] for n = m^2, by four Monarch products of complex factors.
+
+    Raises:
+      UserError: n is no square, or h has another length.
+    """
     n = x.shape[-1]
+    if h.shape[-1] != n:
+        raise UserError(
+            f"circular_convolution: h has {h.shape[-1]} points, x {n}; cut h to {n} or pad it with"
+            " zeros"
+        )
     right, left = (jnp.asarray(f, jnp.complex64) for f in fourier(_root(n)))
 
     def transform(v, right, left):

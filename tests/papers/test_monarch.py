@@ -191,8 +191,9 @@ def test_hadamard_factors(m):
     i = np.arange(n)
     bits = np.array([[bin(a & b).count("1") for b in i] for a in i])
     np.testing.assert_array_equal(w, (-1.0) ** bits)
-    with pytest.raises(UserError, match="m=3 must be a power of two"):
-        hadamard(3)
+    for wrong, near in ((3, 2), (0, 1), (7, 8), (9, 8)):
+        with pytest.raises(UserError, match=f"m={wrong} must be a power.* nearest is {near}$"):
+            hadamard(wrong)
 
 
 @pytest.mark.parametrize("m", [3, 8])
@@ -204,6 +205,9 @@ def test_circular_convolution(m):
     np.testing.assert_allclose(y, np.einsum("t,tbf->bf", h, rolled), rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="10 points are no square; the nearest that works is 9"):
         circular_convolution(jnp.zeros(10), jnp.zeros(10))
+    for wrong in (1, (m - 1) ** 2, n - 1, (m + 1) ** 2):
+        with pytest.raises(UserError, match=rf"h has {wrong} points, x {n}; cut h to {n} or pad"):
+            circular_convolution(jnp.zeros((2, n)), jnp.zeros(wrong))
 
 
 def layer(in_features, out_features, blocks, bias=False):
