@@ -30,6 +30,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int8
 
+from efficient.errors import UserError, check_finite, nearest
 from efficient.init import ONES, ZEROS
 from efficient.scope import Context, buffer, param
 
@@ -69,14 +70,41 @@ def entries_of(mask: Bool[Array, "R C"], block: tuple[int, int]) -> Bool[Array, 
 def pack(
     kernel: Float[Array, "I O"], mask: Bool[Array, "R C"], block: tuple[int, int]
 ) -> tuple[Int8[Array, "C q K p"], Int[Array, "C K"], Float[Array, " O"]]:
-    """(live blocks, their rows in ascending order, scales of the output channels)."""
+    """(live blocks, their rows in ascending order, scales of the output channels).
+
+    Raises:
+      UserError: the mask is not one of blocks of the kernel, its columns have unequal numbers of
+        live blocks, or the kernel has values that are not finite.
+    """
     (bi, bo), (rows, columns) = block, mask.shape
-    live = int(mask[:, 0].sum())
+    live = _live_of_columns(kernel, mask, block)
+    check_finite("sparse_int8: the kernel", kernel)
     levels, scale = quantized(kernel * entries_of(mask, block), axis=0)
     levels = levels.reshape(rows, bi, columns, bo).transpose(2, 0, 1, 3)
     places = jnp.argsort(~mask.T, axis=1, stable=True)[:, :live].astype(jnp.int32)
     blocks = levels[jnp.arange(columns)[:, None], places]
     return blocks.transpose(0, 3, 1, 2), places, scale[0]
+
+
+def _live_of_columns(
+    kernel: Float[Array, "I O"], mask: Bool[Array, "R C"], block: tuple[int, int]
+) -> int:
+    """How many live blocks each column of blocks has; the mask is checked."""
+    if tuple(rows * part for rows, part in zip(mask.shape, block, strict=True)) != kernel.shape:
+        grid = " x ".join(
+            f"{size / part:g}" for size, part in zip(kernel.shape, block, strict=True)
+        )
+        raise UserError(
+            f"sparse_int8: a mask {list(mask.shape)} of blocks {list(block)} does not cover a"
+            f" kernel {list(kernel.shape)}, which has {grid} of them; make it by live_blocks"
+        )
+    counts = np.asarray(mask.sum(axis=0))
+    if counts.min() != counts.max():
+        raise UserError(
+            f"sparse_int8: the mask's columns have from {counts.min()} to {counts.max()} live"
+            " blocks, but must have equally many; make it by live_blocks"
+        )
+    return int(counts[0])
 
 
 def unpack(
@@ -115,6 +143,9 @@ def sparse_int8_matmul(
     activation: str | None = None,
 ) -> Float[Array, "*B O"]:
     """act(x W + b) with 8-bit activations and live 8-bit weights, in x's dtype."""
+    if activation not in ACTIVATIONS:
+        hint = nearest(str(activation), filter(None, ACTIVATIONS))
+        raise UserError(f"sparse_int8: unknown activation {activation!r}; {hint}")
     columns, bo, _, _ = blocks.shape
     levels, of_token = quantized(x.reshape(-1, x.shape[-1]), axis=-1)
     scale = scale.reshape(columns, bo, 1)

@@ -162,6 +162,36 @@ def test_bytes_and_flops_are_those_of_live_blocks():
     assert counted == 7 * layer.flops() == 7 * 2 * 3 / 16 * 64 * 96
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda k, m: (k, m.at[0, 0].set(~m[0, 0])), "columns have from [12] to [23] live blocks"),
+        (
+            lambda k, m: (k, jnp.ones((6, 3), bool)),
+            r"\[6, 3\] of blocks \[4, 16\] .* 6 x 2 of them",
+        ),
+        (lambda k, m: (k, jnp.ones((1, 1), bool)), r"\[1, 1\] of blocks .* kernel \[24, 32\]"),
+        (lambda k, m: (k[:22], m), r"kernel \[22, 32\], which has 5.5 x 2 of them"),
+        (
+            lambda k, m: (k.at[3, 4].set(jnp.nan), m),
+            r"the kernel has 1 value\(s\) that are not fin",
+        ),
+    ],
+)
+def test_bad_masks_and_kernels_are_not_packed(change, words):
+    kernel = jnp.asarray(draw(24, 32))
+    mask = live_blocks(kernel, (4, 16), 2)
+    with pytest.raises(UserError, match=f"^sparse_int8: .*{words}") as error:
+        pack(*change(kernel, mask), (4, 16))
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_activation_is_refused():
+    packed = pack(jnp.ones((4, 4)), jnp.ones((1, 1), bool), (4, 4))
+    with pytest.raises(UserError, match="unknown activation 'gleu'; did you mean 'gelu'"):
+        sparse_int8_matmul(jnp.ones((2, 4)), *packed, activation="gleu")
+
+
 class Host(nnx.Module):
     """Two dense layers, with and without a bias."""
 
