@@ -24,10 +24,9 @@ class TokenFormer(nnx.Module):
         key_std: float = 0.02,
         value_std: float | None = None,
     ):
+        tokens = 4 * width if tokens is None else tokens
         stds = {"key_std": key_std, "value_std": value_std}
-        self.attend = Pattention(
-            scope.at("attend"), width, width, False, tokens=tokens or 4 * width, **stds
-        )
+        self.attend = Pattention(scope.at("attend"), width, width, False, tokens=tokens, **stds)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         return self.attend(x, context)

@@ -134,7 +134,17 @@ def monarch_matrix(
 def monarch_shapes(
     in_features: int, out_features: int, blocks: int
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Shapes of `right` [b, p, q] and `left` [b, q, s]."""
+    """Shapes of `right` [b, p, q] and `left` [b, q, s].
+
+    Raises:
+      UserError: fewer blocks than 1, or more than inputs or outputs.
+    """
+    most = min(in_features, out_features)
+    if not 1 <= blocks <= most:
+        raise UserError(
+            f"monarch: blocks={blocks} must be between 1 and the smaller of its {in_features}"
+            f" inputs and {out_features} outputs; the nearest is {max(1, min(blocks, most))}"
+        )
     rows, cols = -(-in_features // blocks), -(-out_features // blocks)
     inner = min(rows, cols)
     return (blocks, rows, inner), (blocks, inner, cols)
@@ -199,11 +209,6 @@ class Monarch(nnx.Module):
         if split not in ("rows", "features"):
             raise UserError(f"monarch: split={split!r} must be 'rows' or 'features'")
         self.name, self.by_rows = scope.name, split == "rows"
-        if not 1 <= blocks <= min(in_features, out_features):
-            raise UserError(
-                f"monarch: blocks={blocks} must be between 1 and the smaller of its"
-                f" {in_features} inputs and {out_features} outputs"
-            )
         self.in_features, self.out_features, self.blocks = in_features, out_features, blocks
         right, left = monarch_shapes(in_features, out_features, blocks)
         # PyTorch's default for a linear layer, factor by factor, as in the reference.

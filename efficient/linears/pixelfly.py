@@ -136,17 +136,23 @@ def _pattern(rows, columns, size, factors) -> Bool[np.ndarray, "R C"]:
 
 
 @functools.cache
+def _butterflies(rows: int, columns: int) -> list[tuple[float, int, int]]:
+    """(density, size, factors) of all patterns."""
+    return [
+        (float(_pattern(rows, columns, 2**power, factors).mean()), 2**power, factors)
+        for power in range(1, min(rows, columns).bit_length())
+        for factors in range(1, power + 1)
+    ]
+
+
+@functools.cache
 def best_butterfly(rows: int, columns: int, most: float) -> tuple[int, int]:
     """(size, factors) of the densest pattern of a density of at most `most`; the largest of equals.
 
     Raises:
       UserError: the sparsest is denser.
     """
-    options = []
-    for power in range(1, min(rows, columns).bit_length()):
-        for factors in range(1, power + 1):
-            density = _pattern(rows, columns, 2**power, factors).mean()
-            options.append((float(density), 2**power, factors))
+    options = _butterflies(rows, columns)
     fits = [option for option in options if option[0] <= most + 1e-9]
     if not fits:
         least = f"{min(options)[0]:.4g}" if options else "none, which takes two blocks a side"
@@ -249,9 +255,22 @@ def _plan(in_features, out_features, grid, density, low_rank_share, butterfly, r
     if butterfly[0] is None:
         left = density * (1 - low_rank_share)
         if rank is not None:
+            _check_rank(in_features, out_features, grid, density, rank)
             left = density - rank * (in_features + out_features) / whole
         butterfly = best_butterfly(*grid, left)
     mask = flat_butterfly(*grid, *butterfly)
     if rank is None:
         rank = min(most, rank_for(in_features, out_features, (density - mask.density) * whole))
     return mask, rank
+
+
+def _check_rank(in_features, out_features, grid, density, rank):
+    """Refuses a rank beside which the budget has no butterfly; names the largest that has."""
+    best_butterfly(*grid, density)  # refuses what is too little without a rank, too
+    left = density - min(_butterflies(*grid))[0]
+    fits = rank_for(in_features, out_features, left * in_features * out_features)
+    if rank > fits:
+        raise UserError(
+            f"pixelfly: rank={rank} leaves too little of density={density:.4g} for a butterfly of"
+            f" {grid[0]} x {grid[1]} blocks; the largest rank that fits is {fits}"
+        )

@@ -3,6 +3,8 @@
 Wang et al. 2024, arXiv 2410.23168; see efficient.linears.pattention for why it is kept.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,8 +27,8 @@ class GrowTokens:
     """
 
     def __init__(self, *, at: str = ".*", factor: float = 2.0):
-        if factor <= 1:
-            raise UserError(f"grow_tokens: factor={factor} must be above 1")
+        if not 1 < factor < math.inf:
+            raise UserError(f"grow_tokens: factor={factor} must be a number above 1, such as 2")
         self.at, self.factor = at, factor
 
     def apply(self, model: nnx.Module) -> None:

@@ -265,8 +265,13 @@ def test_finite_at_zero_and_large_inputs(scale):
 
 
 def test_too_many_blocks_are_refused():
-    with pytest.raises(UserError, match="blocks=9 must be between 1 and"):
-        layer(8, 16, 9)
+    for blocks, near in ((9, 6), (7, 6), (0, 1), (-1, 1)):
+        words = f"blocks={blocks} must be between 1 and .* 6 inputs and 8 .* nearest is {near}$"
+        with pytest.raises(UserError, match=words):
+            layer(6, 8, blocks)
+        with pytest.raises(UserError, match=words):
+            monarch_project(jnp.ones((6, 8)), blocks)
+    assert [f.shape for f in monarch_project(jnp.ones((6, 8)), 6)] == [(6, 1, 1), (6, 1, 2)]
 
 
 TOKENS = {"tokens": jnp.asarray(np.random.default_rng(4).integers(0, 11, (2, 6)))}

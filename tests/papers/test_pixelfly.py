@@ -239,6 +239,12 @@ def test_random_blocks_and_their_projection():
         ({"block": 8, "size": 8, "factors": 4}, "factors=4 must be from 1 to 3"),
         ({"size": 4}, "give size and factors together"),
         ({"rank": 65, "block": 8}, "rank=65 must be from 0 to 64"),
+        ({"rank": 39, "block": 8}, "density=0.25 for a .* of 8 x 12 blocks; .* that fits is 0"),
+        ({"rank": 39, "block": 8, "density": 0.5}, "rank=39 leaves too .* rank that fits is 9"),
+        (
+            {"rank": 39, "block": 8, "density": 0.1},
+            "no butterfly of density 0.1, the sparsest has 0.25",
+        ),
         ({"low_rank_share": 1.0}, "low_rank_share=1.0 must be from 0"),
     ],
 )
@@ -246,3 +252,14 @@ def test_bad_arguments_are_refused(arguments, words):
     with pytest.raises(UserError, match=words) as error:
         layer(Pixelfly, 64, 96, **arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("density", [0.25, 0.3, 0.5, 0.9])
+def test_the_rank_that_is_named_is_the_largest_that_fits(density):
+    sizes = {"block": 8, "density": density}
+    with pytest.raises(UserError, match="rank=64 leaves too little") as error:
+        layer(Pixelfly, 64, 96, rank=64, **sizes)
+    fits = int(str(error.value).rsplit(" ", 1)[1])
+    assert count(layer(Pixelfly, 64, 96, rank=fits, **sizes), "gamma") <= density * 64 * 96
+    with pytest.raises(UserError, match=f"rank={fits + 1} leaves .* fits is {fits}$"):
+        layer(Pixelfly, 64, 96, rank=fits + 1, **sizes)

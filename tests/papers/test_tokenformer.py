@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from configs import tokenformer as tokenformer_config
+from efficient.channels.tokenformer import TokenFormer
 from efficient.errors import UserError
 from efficient.linears.pattention import Pattention, token_weights
 from efficient.model import bind, init, walk
@@ -156,8 +157,11 @@ def test_values_of_zero_would_never_learn(grown):
 def test_bad_input():
     with pytest.raises(UserError, match="tokens=0"):
         Pattention(Scope(Rules(), "q"), 4, 6, False, tokens=0)
-    with pytest.raises(UserError, match="factor=1"):
-        GrowTokens(factor=1)
+    with pytest.raises(UserError, match="tokens=0 must be at least 1"):
+        TokenFormer(Scope(Rules(), "channel"), 4, tokens=0)
+    for factor in (1, 0.5, math.nan, math.inf):
+        with pytest.raises(UserError, match=f"factor={factor} must be a number above 1"):
+            GrowTokens(factor=factor)
     with pytest.raises(UserError, match="matches nothing"):
         GrowTokens(at="embed").apply(decoder())
     with pytest.raises(UserError, match="matches nothing"):
