@@ -1,7 +1,10 @@
 """Adam on gradients that are projected to a low rank, with moments of 32 or 8 bits.
 
-The optimizer of GradNormLoRP: "Gradient Weight-normalized Low-rank Projection for Efficient LLM
-Training", Huang et al. 2024, arXiv 2412.19616; the reparametrization is `efficient.surgery.gwnlp`.
+The optimizer's half of GradNormLoRP: "Gradient Weight-normalized Low-rank Projection for Efficient
+LLM Training", Huang et al. 2024, arXiv 2412.19616. By itself it normalizes nothing: on a dense
+layer's kernel it is projected Adam in the manner of GaLore. The other half is the surgery
+`efficient.surgery.gwnlp`, W = m V / ||V||_c. There V (or A and B) is the matrix below, G its
+gradient through the normalization, and the magnitudes m get Adam of their own.
 For a matrix with the gradient G, every `period` steps, the first step included:
 
     U S V^T = svd(G), cut to its r largest singular values
@@ -222,6 +225,12 @@ PAPER = Paper(
             True,
         ),
         Claim(
+            "The gradient that is projected is that of a weight-normalized matrix, whose magnitudes"
+            " have an Adam of their own.",
+            f"{TEST}::test_weight_normalized_training_against_the_equations",
+            True,
+        ),
+        Claim(
             "Nothing is added at inference: the reparametrization folds into the dense layer.",
             f"{TEST}::test_the_function_is_kept_and_folds_back",
             True,
@@ -230,22 +239,33 @@ PAPER = Paper(
             "8-bit GradNormLoRP needs up to 89.5% less optimizer memory.",
             f"{TEST}::test_state_memory",
             False,
-            "the model and rank behind that number were not found; counted for a 2048 x 2048"
-            " matrix at rank 256, float32 bases: 87.1% less than Adam's float32 state",
+            "the model and rank behind that number were not found; counted for a weight-normalized"
+            " 2048 x 2048 matrix at rank 256, float32 bases, moments of the magnitudes included:"
+            " 87.1% less than Adam's float32 state. V is the parameter here and no state; W is"
+            " made from it in every forward pass, which training keeps for the backward pass. The"
+            " authors' optimizer keeps V beside W: with that copy in float32 37.1% would be left",
         ),
         Claim(
             "RoBERTa reaches 80.65 on GLUE at rank 8, LoRA 79.23.",
             note="needs pretrained RoBERTa and GLUE",
         ),
     ),
-    source="https://github.com/Jhhuangkay/"
+    source="the paper's abstract; https://github.com/Jhhuangkay/"
     "Gradient-Weight-normalized-Low-rank-Projection-for-Efficient-LLM-Training"
-    " (LowRankWeightNormAdamW.py, galore_projector.py, test_fine.py); PEFT's DoRA;"
+    " (LowRankWeightNormAdamW.py, galore_projector.py, test_fine.py, test_train.py); PEFT's DoRA;"
     " https://github.com/bitsandbytes-foundation/bitsandbytes (functional.py, csrc/kernels.cu)",
     departures=(
+        "The weight normalization is a reparametrization of the model, its gradient autodiff's; the"
+        " authors' optimizer splits the parameter itself and keeps V as state.",
+        "Magnitudes keep what Adam adds to them; the authors' optimizer sets them to V's norms"
+        " anew at every step.",
+        "Dense layers of the surgery's `at` are normalized; the authors' optimizer normalizes every"
+        " array it is given, vectors as a whole.",
+        "The gradient passes through the column norm unless constant_norm is set.",
+        "Both sides of a gradient are projected, as in the paper; the authors' code projects the"
+        " shorter by default, here `sides`.",
         "eps is added to the bias-corrected root, as in Adam; the authors' code adds it before"
         " the correction.",
-        "The gradient passes through the column norm unless constant_norm is set.",
         "Weight decay acts on the parameters before the step, not after it.",
     ),
 )

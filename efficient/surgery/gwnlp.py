@@ -3,13 +3,19 @@
 "Gradient Weight-normalized Low-rank Projection for Efficient LLM Training", Huang et al. 2024,
 arXiv 2412.19616. Its optimizer and its record are in `efficient.optimizers.gwnlp`.
 
-    W = m * (W0 + (alpha / r) A B) / ||W0 + (alpha / r) A B||_c
+    W = m * V / ||V||_c,    V = W0 + (alpha / r) A B    to adapt a trained matrix W0
+                            V itself is trained         to train a matrix whole, with `rank=None`
 
 with A [I, r] Gaussian and B [r, O] zero as in LoRA. The norm is that of each output's column of
-W0 [I, O], and m [O] starts as ||W0||_c, so that the function is as before. The authors fine-tune
-through PEFT's DoRA, which takes the norm as a constant in the gradient; the derivation of weight
-normalization does not, and takes out the part of the gradient that lies along the column. This is
-the default here; `constant_norm` gives the other.
+V [I, O], and m [O] starts as ||W0||_c, so that the function is as before; a run that starts with
+this surgery has no W0 yet and begins with m = 1, so put it in a second phase.
+
+The gradients are those of weight normalization (Salimans and Kingma 2016, arXiv 1602.07868):
+
+    dm = sum_i (V / ||V||) dW        dV = m / ||V|| (dW - V / ||V|| dm)
+
+The authors' optimizer, and PEFT's DoRA through which they also fine-tune, take the norm as a
+constant in the gradient, which leaves out the second term of dV; so does `constant_norm`.
 """
 
 import jax
@@ -38,13 +44,14 @@ def column_norm(matrix: Float[Array, "I O"]) -> Float[Array, "O"]:
 class WeightNormLinear(nnx.Module):
     """A dense layer whose columns are m times a unit vector: [..., I] -> [..., O]."""
 
-    def __init__(self, base: nnx.Module, rank: int, alpha: float, constant_norm: bool):
+    def __init__(self, base: nnx.Module, rank: int | None, alpha: float, constant_norm: bool):
         in_features, out_features = features(base)
         self.base = base
-        self.scale = alpha / rank
+        self.scale = None if rank is None else alpha / rank
         self.constant_norm = constant_norm
-        self.lora_a = param((in_features, rank), FanIn())
-        self.lora_b = param((rank, out_features), ZEROS)
+        if rank is not None:
+            self.lora_a = param((in_features, rank), FanIn())
+            self.lora_b = param((rank, out_features), ZEROS)
         self.magnitude = param((out_features,), ONES)
 
     def __call__(self, x: Float[Array, "*B I"], context: Context) -> Float[Array, "*B O"]:
@@ -58,7 +65,9 @@ class WeightNormLinear(nnx.Module):
 
     def materialize(self) -> Float[Array, "I O"]:
         """The matrix W of y = x W + b."""
-        direction = self.base.materialize() + self.scale * (self.lora_a[...] @ self.lora_b[...])
+        direction = self.base.materialize()
+        if self.scale is not None:
+            direction += self.scale * (self.lora_a[...] @ self.lora_b[...])
         norm = column_norm(direction)
         if self.constant_norm:
             norm = jax.lax.stop_gradient(norm)
@@ -71,11 +80,11 @@ class WeightNormLinear(nnx.Module):
 
 @register("surgery", "gwnlp")
 class WeightNorm:
-    """Puts dense layers into the form m * (W0 + A B) / ||W0 + A B||_c.
+    """Puts dense layers into the form m * V / ||V||_c.
 
     Args:
       at: which linears.
-      rank: r.
+      rank: r of A B, with V = W0 + A B; None adds no factors, for V to be trained whole.
       alpha: A B is scaled by alpha / r.
       constant_norm: no gradient through the norm.
     """
@@ -84,12 +93,12 @@ class WeightNorm:
         self,
         *,
         at: str = r".*/(mixer|channel)/.*",
-        rank: int = 8,
+        rank: int | None = 8,
         alpha: float = 16.0,
         constant_norm: bool = False,
     ):
-        if rank < 1:
-            raise UserError(f"rank must be at least 1, got {rank}")
+        if rank is not None and rank < 1:
+            raise UserError(f"gwnlp: rank must be at least 1, or None for no factors, got {rank}")
         self.at, self.rank, self.alpha, self.constant_norm = at, rank, alpha, constant_norm
 
     def apply(self, model: nnx.Module) -> None:

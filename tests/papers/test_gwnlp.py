@@ -11,7 +11,7 @@ from configs import gwnlp as gwnlp_config
 from efficient import registry
 from efficient.errors import UserError
 from efficient.linears.dense import Dense
-from efficient.model import bind, init
+from efficient.model import abstract, bind, init
 from efficient.optimizers.quantized import dequantize, dynamic_map, quantize
 from efficient.scope import Context, Rules, Scope
 from efficient.surgery.gwnlp import WeightNorm
@@ -158,6 +158,13 @@ def test_8_bit_moments_follow_32_bit_ones():
     assert 1e-4 < error < 0.1
 
 
+class Host(nnx.Module):
+    """A model of one layer."""
+
+    def __init__(self, q):
+        self.q = q
+
+
 def test_state_memory():
     def of(shape, **arguments):
         params = {"blocks/0/mixer/q/kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
@@ -173,21 +180,29 @@ def test_state_memory():
     shorter = of((512, 2048), rank=128, sides="shorter", bits=8)
     assert shorter == 2 * (128 * 2048 + 4 * 1024) + 4 * 512 * 128
     assert of((6, 9), rank=3, bits=8) == of((6, 9), rank=3), "small arrays keep 32 bits"
+    # A weight-normalized layer: V is the parameter and no state, magnitudes have two moments.
+    layer = Host(Dense(Scope(Rules(), "q"), 2048, 2048, False))
+    WeightNorm(at="q", rank=None).apply(layer)
+    own = {f"mixer/{path}": shape for path, shape in abstract(layer).items()}
+    assert {p: s.shape for p, s in own.items()} == {
+        "mixer/q/base/kernel": (2048, 2048),
+        "mixer/q/magnitude": (2048,),
+    }
+    state = jax.eval_shape(build(rank=256, bits=8).init, own)[0]
+    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state[1:]))
+    assert size == eight + 2 * 4 * 2048
+    assert round(100 * (1 - size / adam), 1) == 87.1
+    assert round(100 * (1 - (size + 4 * 2048**2) / adam), 1) == 37.1, "with a copy of V"
 
 
 def layer(seed=0, bias=True, **arguments):
     """A host of one dense layer of 6 inputs and 4 outputs, before and after surgery."""
-
-    class Host(nnx.Module):
-        def __init__(self):
-            self.q = Dense(Scope(Rules(), "q"), 6, 4, bias)
-
-    model = Host()
+    model = Host(Dense(Scope(Rules(), "q"), 6, 4, bias))
     before = init(model, jax.random.key(seed))
     if bias:
         before["q/bias"] = jnp.arange(4.0)
     after = nnx.clone(model)
-    surgery = WeightNorm(at="q", rank=2, alpha=4.0, **arguments)
+    surgery = WeightNorm(at="q", **({"rank": 2, "alpha": 4.0} | arguments))
     surgery.apply(after)
     return model, before, after, surgery.convert(before, after, jax.random.key(1))
 
@@ -230,9 +245,71 @@ def test_gradients_of_the_parts(constant_norm):
         np.testing.assert_allclose(grads[f"q/{name}"], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("sides", ["both", "shorter"])
+@pytest.mark.parametrize("constant_norm", [False, True])
+def test_weight_normalized_training_against_the_equations(constant_norm, sides):
+    """Steps of V, m and the bias of y = x (m V / |V|) + b in float64, by gradients of its own.
+
+    Singular vectors are NumPy's, with the signs of those in the optimizer's state.
+    """
+    _, before, model, values = layer(rank=None, constant_norm=constant_norm)
+    assert set(values) == {"q/base/kernel", "q/base/bias", "q/magnitude"}
+    data = [draw(10 + t, {"x": (8, 6), "y": (8, 4)}) for t in range(6)]
+
+    def loss(values, x, y):
+        return 0.5 * jnp.sum(jnp.square(bind(model, values).q(x, Context()) - y))
+
+    rules = {"rank": 2, "period": 3, "scale": 0.5, "b2": 0.99, "eps": 1e-2, "at": "q/.*"}
+    transform = build(sides=sides, **rules)
+    state = transform.init(values)
+
+    @jax.jit
+    def step(values, state, x, y):
+        updates, state = transform.update(jax.grad(loss)(values, x, y), state, values)
+        return optax.apply_updates(values, updates), state
+
+    v = np.float64(before["q/kernel"])
+    m, b = np.linalg.norm(v, axis=0), np.arange(4.0)
+    start, moments = m, {name: [0.0, 0.0] for name in "vmb"}
+
+    def adam(name, g, t):
+        first, second = moments[name]
+        moments[name] = [0.9 * first + 0.1 * g, 0.99 * second + 0.01 * g * g]
+        first, second = moments[name][0] / (1 - 0.9**t), moments[name][1] / (1 - 0.99**t)
+        return first / (np.sqrt(second) + 1e-2)
+
+    for t, batch in enumerate(data, start=1):
+        values, state = step(values, state, batch["x"], batch["y"])
+        x, y = np.float64(batch["x"]), np.float64(batch["y"])
+        norm = np.linalg.norm(v, axis=0)
+        error = x @ (v / norm * m) + b - y
+        dw = x.T @ error
+        dm = np.sum(v / norm * dw, axis=0)
+        dv = m / norm * (dw - (0 if constant_norm else v / norm * dm))
+        if t % 3 == 1:
+            u, _, wt = np.linalg.svd(dv)
+            left, right = u[:, :2], wt[:2].T
+            own = {s: np.float64(a) for s, a in state[0].bases["q/base/kernel"].items()}
+            if "left" in own:
+                left = left * np.sign(np.sum(left * own["left"], axis=0))
+            if "right" in own:
+                right = right * np.sign(np.sum(right * own["right"], axis=0))
+        left_side = left if sides == "both" else np.eye(6)  # 4 outputs are the shorter side
+        r = adam("v", left_side.T @ dv @ right, t)
+        v = v - 0.02 * 0.5 * left_side @ r @ right.T
+        m, b = m - 0.02 * adam("m", dm, t), b - 0.02 * adam("b", error.sum(0), t)
+        wanted = {"q/base/kernel": v, "q/magnitude": m, "q/base/bias": b}
+        for path, value in wanted.items():
+            np.testing.assert_allclose(
+                values[path], value, rtol=1e-4, atol=1e-5, err_msg=f"{path} {t}"
+            )
+    assert np.abs(m - start).min() > 0.01 and np.abs(v - before["q/kernel"]).max() > 0.01
+
+
+@pytest.mark.parametrize("rank", [2, None])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_function_is_kept_and_folds_back(bias):
-    plain, before, model, values = layer(bias=bias)
+def test_the_function_is_kept_and_folds_back(bias, rank):
+    plain, before, model, values = layer(bias=bias, rank=rank)
     x = jnp.asarray(draw(4, {"x": (3, 6)})["x"])
     kept = bind(plain, before).q(x, Context())
     np.testing.assert_allclose(bind(model, values).q(x, Context()), kept, rtol=1e-5, atol=1e-6)
@@ -262,7 +339,7 @@ def test_zero_gradients_and_zero_columns_stay_finite():
 def test_bad_input(arguments):
     with pytest.raises(UserError, match=next(iter(arguments))):
         build(**arguments).init(draw(0))
-    with pytest.raises(UserError, match="rank"):
+    with pytest.raises(UserError, match="rank must be at least 1, or None"):
         WeightNorm(rank=0)
 
 
@@ -271,4 +348,20 @@ def test_config_adapts_after_pretraining():
     assert not first["surgery"] and second["surgery"][0]["name"] == "gwnlp"
     assert second["optimizer"]["name"] == "gwnlp" and second["optimizer"]["bits"] == 8
     assert gwnlp_config.get_config("smoke,lora").phases[1]["surgery"][0]["name"] == "lora"
-    assert gwnlp_config.get_config("smoke,pretrain").phases[0]["optimizer"]["name"] == "gwnlp"
+    assert second["optimizer"]["rank"] == second["surgery"][0]["rank"] == 8
+    second = gwnlp_config.get_config("smoke,rank=5").phases[1]
+    assert second["optimizer"]["rank"] == second["surgery"][0]["rank"] == 5
+
+
+def test_config_pretrains_weight_normalized_matrices():
+    """After a phase without steps, whose matrices give the magnitudes."""
+    first, second = gwnlp_config.get_config("smoke,pretrain").phases
+    assert first["steps"] == 0 and not first["surgery"] and second["steps"] > 0
+    (surgery,) = second["surgery"]
+    assert surgery["name"] == "gwnlp" and surgery["rank"] is None
+    assert second["optimizer"]["name"] == "gwnlp" and second["optimizer"]["rank"] == 64
+    second = gwnlp_config.get_config("smoke,pretrain,plain,rank=16").phases[1]
+    assert not second["surgery"] and second["optimizer"]["rank"] == 16
+    for argument, words in (("pretrain,lora", "lora is for adapting"), ("plain", "add pretrain")):
+        with pytest.raises(UserError, match=words):
+            gwnlp_config.get_config(argument)
