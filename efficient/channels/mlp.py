@@ -31,6 +31,19 @@ def activation(name: str) -> Callable[[Array], Array]:
     return ACTIVATIONS[name]
 
 
+def activated(
+    linear: nnx.Module, x: Float[Array, "*B I"], context: Context, name: str
+) -> Float[Array, "*B O"]:
+    """act(linear(x)), by the linear itself where it lists that activation in `fuses`.
+
+    Not in training, where the gradient would need the argument of the activation, and so the
+    product, once more.
+    """
+    if not context.train and name in getattr(linear, "fuses", ()):
+        return linear(x, context, activation=name)
+    return activation(name)(linear(x, context))
+
+
 @register("channel", "mlp")
 class MLP(nnx.Module):
     """down(act(up(x))); `hidden` defaults to four times the width."""
@@ -55,7 +68,7 @@ class MLP(nnx.Module):
         return activation(self.activation)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
-        return self.down(self.act(self.up(x, context)), context)
+        return self.down(activated(self.up, x, context, self.activation), context)
 
 
 @register("channel", "glu")
@@ -87,4 +100,5 @@ class GLU(nnx.Module):
         return activation(self.activation)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
-        return self.down(self.act(self.gate(x, context)) * self.up(x, context), context)
+        gate = activated(self.gate, x, context, self.activation)
+        return self.down(gate * self.up(x, context), context)

@@ -38,6 +38,7 @@ from efficient.linears.layout import layout_of
 from efficient.papers import Claim, Paper
 from efficient.registry import register
 from efficient.scope import Context, Scope, param
+from pallas_kernels.epilogue import ACTIVATIONS
 from pallas_kernels.mesh import size as axes_size
 from pallas_kernels.monarch_matmul import monarch_matmul
 
@@ -195,6 +196,8 @@ class Monarch(nnx.Module):
       bias: overrides what the host asks for.
     """
 
+    fuses = tuple(ACTIVATIONS)
+
     def __init__(
         self,
         scope: Scope,
@@ -217,7 +220,9 @@ class Monarch(nnx.Module):
         use_bias = use_bias if bias is None else bias
         self.bias = param((out_features,), ZEROS) if use_bias else None
 
-    def __call__(self, x: Float[Array, "*B I"], context: Context) -> Float[Array, "*B O"]:
+    def __call__(
+        self, x: Float[Array, "*B I"], context: Context, activation: str | None = None
+    ) -> Float[Array, "*B O"]:
         dtype = jnp.result_type(x, self.right[...])
         right, left = self.right[...].astype(dtype), self.left[...].astype(dtype)
         missing = right.shape[0] * right.shape[1] - self.in_features
@@ -230,6 +235,7 @@ class Monarch(nnx.Module):
             right,
             left,
             bias=bias,
+            activation=activation,
             **self._split(x, context),
         )
         return y[..., : self.out_features]

@@ -18,7 +18,7 @@ activation are part of that column's turn. The product itself is XLA's of int8 i
 CPU compiler of jax 0.10.2 was seen to hand to YNNPACK as [bo, K bi] by [K bi, M], and to widen to
 int32 first where an operand was to be transposed. The paper's kernel is generated for blocks of 4
 outputs by 1 input instead, and gathers features in registers.
-`benchmarks/sparse_cpu_inference.py` times this form beside dense products.
+`benchmarks/sparse_cpu_inference.py` times this form, with bias and GELU, beside dense products.
 """
 
 import functools
@@ -161,27 +161,38 @@ def sparse_int8_matmul(
     return y.reshape(columns * bo, -1).T.reshape(*x.shape[:-1], -1)
 
 
-@jax.custom_vjp
-def straight_through(x, blocks, places, scale):
-    """`sparse_int8_matmul`; x has the gradient of a product with the dequantized matrix."""
-    return sparse_int8_matmul(x, blocks, places, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def straight_through(activation, x, blocks, places, scale, bias):
+    """`sparse_int8_matmul`, with the gradient in x and bias of the dequantized matrix' product."""
+    return sparse_int8_matmul(x, blocks, places, scale, bias, activation)
 
 
-def _forward(x, *parts):
-    return straight_through(x, *parts), (x.shape[-1], parts)
+def _forward(activation, x, *parts):
+    return straight_through(activation, x, *parts), (x, parts)
 
 
-def _backward(residuals, dy):
-    inputs, (blocks, places, scale) = residuals
-    matrix = unpack(blocks, places, inputs // blocks.shape[-1]) * scale
-    return (dy @ matrix.T.astype(dy.dtype), None, None, None)
+def _backward(activation, residuals, dy):
+    x, (blocks, places, scale, bias) = residuals
+    wide = dy.astype(jnp.float32)
+    if activation is not None:
+        y = sparse_int8_matmul(x, blocks, places, scale, bias).astype(jnp.float32)
+        (wide,) = jax.vjp(ACTIVATIONS[activation], y)[1](wide)
+        dy = wide.astype(dy.dtype)
+    matrix = unpack(blocks, places, x.shape[-1] // blocks.shape[-1]) * scale
+    d_bias = None if bias is None else wide.sum(range(dy.ndim - 1)).astype(bias.dtype)
+    return dy @ matrix.T.astype(dy.dtype), None, None, None, d_bias
 
 
 straight_through.defvjp(_forward, _backward)
 
 
 class SparseInt8(nnx.Module):
-    """[..., I] -> [..., O] by live 8-bit blocks, which stay as they are; biases can be trained."""
+    """[..., I] -> [..., O] by live 8-bit blocks, which stay as they are; biases can be trained.
+
+    Bias and activation are part of the product.
+    """
+
+    fuses = tuple(name for name in ACTIVATIONS if name)
 
     def __init__(
         self, in_features: int, out_features: int, use_bias: bool, block: tuple[int, int], live: int
@@ -193,10 +204,13 @@ class SparseInt8(nnx.Module):
         self.scale = buffer((out_features,), ONES)
         self.bias = param((out_features,), ZEROS) if use_bias else None
 
-    def __call__(self, x: Float[Array, "*B I"], context: Context) -> Float[Array, "*B O"]:
+    def __call__(
+        self, x: Float[Array, "*B I"], context: Context, activation: str | None = None
+    ) -> Float[Array, "*B O"]:
         del context
-        y = straight_through(x, self.blocks[...], self.places[...], self.scale[...])
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        arrays = (self.blocks[...], self.places[...], self.scale[...])
+        bias = None if self.bias is None else self.bias[...]
+        return straight_through(activation, x, *arrays, bias)
 
     def flops(self) -> int:
         """Floating-point operations a token of the live blocks."""

@@ -163,7 +163,9 @@ PAPER = Paper(
             "Dequantizing, bias and activation are fused to it.",
             f"{TEST}::test_epilogue_against_numpy",
             True,
-            "one loop over columns of blocks computes them; what XLA makes of it was not inspected",
+            "one loop over columns of blocks computes them; what XLA makes of it was not inspected."
+            " A layer gives it its bias, a feed-forward block its activation too, outside training:"
+            " test_the_feed_forward_block_fuses_bias_and_activation",
         ),
         Claim(
             "Bytes and products are in proportion to the live blocks.",

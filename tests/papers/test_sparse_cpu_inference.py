@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from configs import sparse_cpu_inference as sparse_config
+from efficient.channels.mlp import MLP
 from efficient.errors import UserError
 from efficient.linears.dense import Dense
 from efficient.linears.sparse_int8 import (
@@ -122,6 +123,14 @@ ACTIVATED = {
 }
 
 
+def sum_by_hand(x, blocks, places, scale, rows):
+    """x W in float64, W of live blocks, with the tokens of x in 8 bits."""
+    of_token = np.abs(x).max(-1, keepdims=True).astype(np.float32) / np.float32(127)
+    levels = np.round(x / of_token).astype(np.int64)
+    weights = np.int64(unpack(blocks, places, rows))
+    return (levels @ weights) * np.float64(of_token) * np.float64(scale)
+
+
 @pytest.mark.parametrize("activation", ACTIVATED)
 def test_epilogue_against_numpy(activation):
     inputs, outputs, block, live = SHAPES[0]
@@ -131,10 +140,7 @@ def test_epilogue_against_numpy(activation):
     got = sparse_int8_matmul(
         jnp.asarray(x), blocks, places, scale, jnp.asarray(bias), activation=activation
     )
-    of_token = np.abs(x).max(-1, keepdims=True).astype(np.float32) / np.float32(127)
-    levels = np.round(x / of_token).astype(np.int64)
-    weights = np.int64(unpack(blocks, places, inputs // block[0]))
-    y = (levels @ weights) * np.float64(of_token) * np.float64(scale) + bias
+    y = sum_by_hand(x, blocks, places, scale, inputs // block[0]) + bias
     np.testing.assert_allclose(got, ACTIVATED[activation](y), rtol=1e-5, atol=1e-5)
     dense = ACTIVATED[activation](x @ (kernel * np.kron(mask, np.ones(block))) + bias)
     error = np.linalg.norm(got - dense) / np.linalg.norm(dense)
@@ -250,18 +256,81 @@ def test_gradients_stop_at_the_mask():
     assert not np.any(grads[~mask]) and (np.asarray(grads)[mask] != 0).all()
 
 
-def test_gradient_passes_through_the_rounding():
-    values, model = operate(start(), Host(), BlockPrune(at="q", sparsity=0.5))
-    values, model = operate(values, model, ToSparseInt8(at="q"))
-    weight, x = draw(2, 3, 32, seed=1), jnp.asarray(draw(2, 3, 24, seed=2))
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATED)
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_layer_and_its_gradient_against_numpy(name, activation, jit):
+    """Bias (of q, k has none) and activation after the sum of integers; the rounding is passed."""
+    values, model = operate(start(), Host(), BlockPrune(at="q|k", sparsity=0.5))
+    values, model = operate(values, model, ToSparseInt8())
+    x, outputs = draw(2, 3, 24, seed=2), {"q": 32, "k": 48}[name]
+    weight = draw(2, 3, outputs, seed=1)
+    has_bias, none = name == "q", np.zeros(outputs)
 
-    def loss(x, bias):
-        return jnp.sum(bind(model, values | {"q/bias": bias}).q(x, Context()) * weight)
+    def layer(x, bias):
+        arrays = values | ({"q/bias": bias} if has_bias else {})
+        return getattr(bind(model, arrays), name)(x, Context(), activation=activation)
 
-    dx, d_bias = jax.grad(loss, argnums=(0, 1))(x, values["q/bias"])
-    matrix = np.float64(bind(model, values).q.materialize())
-    np.testing.assert_allclose(dx, weight @ matrix.T, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(d_bias, weight.sum((0, 1)), rtol=1e-4, atol=1e-5)
+    def gradients(x, bias):
+        return jax.grad(lambda *a: jnp.sum(layer(*a) * weight), argnums=(0, 1))(x, bias)
+
+    bias = values["q/bias"] if has_bias else jnp.zeros(outputs)
+    arrays = [values[f"{name}/{part}"] for part in ("blocks", "places", "scale")]
+    sums = sum_by_hand(x, *arrays, 6) + np.float64(bias if has_bias else none)
+    act, step = ACTIVATED[activation], 1e-6
+    run = (lambda f: jax.jit(f)) if jit else (lambda f: f)
+    np.testing.assert_allclose(run(layer)(x, bias), act(sums), rtol=1e-5, atol=1e-5)
+    dx, d_bias = run(gradients)(jnp.asarray(x), bias)
+    dy = weight * (act(sums + step) - act(sums - step)) / (2 * step)
+    matrix = np.float64(getattr(bind(model, values), name).materialize())
+    np.testing.assert_allclose(dx, dy @ matrix.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(d_bias, dy.sum((0, 1)) * has_bias, rtol=1e-4, atol=1e-5)
+
+
+def equations(jaxpr, within=()):
+    """(name, names of the calls and loops around it, its outputs' dtypes) of every equation."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        yield name, within, [v.aval.dtype for v in equation.outvars]
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner, (*within, name))
+
+
+def test_the_feed_forward_block_fuses_bias_and_activation():
+    """One loop a layer, with the biases and the GELU inside; in training GELU stands outside."""
+
+    class Block(nnx.Module):
+        def __init__(self):
+            self.channel = MLP(Scope(Rules(), "channel"), 24, hidden=32, bias=True)
+
+    model = Block()
+    shapes = {path: s.shape for path, s in abstract(model).items()}
+    values = {p: jnp.asarray(draw(*s, seed=i)) for i, (p, s) in enumerate(shapes.items())}
+    values, model = operate(values, model, BlockPrune(at=".*", sparsity=0.5, block=[4, 8]))
+    values, model = operate(values, model, ToSparseInt8())
+    x = jnp.asarray(draw(2, 3, 24, seed=9))
+
+    def run(x, train):
+        return bind(model, values).channel(x, Context(train=train))
+
+    for train in (False, True):
+        found = list(equations(jax.make_jaxpr(lambda x, t=train: run(x, t))(x).jaxpr))
+        loops = [around for name, around, _ in found if name == "scan"]
+        assert len(loops) == 2 and not any("scan" in around for around in loops)
+        integer = [
+            around for name, around, dtypes in found if (name, dtypes) == ("dot_general", ["int32"])
+        ]
+        assert len(integer) == 2 and all("scan" in around for around in integer)
+        (gelu,) = (around for name, around, _ in found if name == "tanh")
+        assert ("scan" in gelu) == (not train)
+        sums = [around for name, around, _ in found if name in ("add", "add_any")]
+        outside = [around for around in sums if "scan" not in around]
+        assert bool(outside) == train, "only the unfused GELU adds outside"
+    fused, unfused = run(x, False), run(x, True)
+    np.testing.assert_allclose(fused, unfused, rtol=1e-5, atol=1e-5)
+    assert np.abs(fused).max() > 1
 
 
 @pytest.mark.parametrize(
