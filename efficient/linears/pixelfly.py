@@ -17,12 +17,19 @@ R x C blocks takes it stretched: block (p, q) is live where (p size // R, q size
 
 Budget. `density` is the share of a dense layer's parameters (and products) that a layer may have.
 The densest flat butterfly within (1 - low_rank_share) of it is taken, of equal ones that of the
-largest size, and what is left goes to the rank. This rule is this project's: the paper says that
-the budget decides the pattern's size and strides and the rank, and its code, of which every config
-names them by hand (block 32, size 16, 2 factors, rank 32: at 768 x 3072 a density of 0.240 of which
-0.052 is low rank), has none. So the share of 1/4 is a default near those configs, no rule of the
-paper; neither could a rule that spreads the budget over layers by their neural tangent kernels be
-established. Every layer gets the same density unless the config's rules say otherwise.
+largest size, and what is left goes to the rank. This rule is this project's. One density for every
+layer, which a rule of a config gives, divides a budget in proportion to the layers' dense products.
+
+The authors' budget. Of the paper only the abstract and the caption of figure 1 could be read: each
+matrix gets a budget of compute by its dimensions and its layer's type, and the budget decides the
+pattern. Looked for and not found: how much a type gets, the model of costs, which part goes to the
+low rank, and how neural tangent kernels guide the search. No commit of the authors' code has such a
+rule. Its configs name numbers by hand, the same for layers of every shape: rank 32, and size and
+factors of (16, 2), (16, 3), (16, 4), (8, 2), (8, 3) or (32, 3). They are for both layers of an MLP
+(in MLP-Mixer that of the channels, in GPT-2, in ViT) and in some of ViT also for the projections of
+attention; all else is dense. At 768 x 3072 that is a density of 0.18 to 0.55, of which the low rank
+has 0.09 to 0.29. `size`, `factors` and `rank` name them here; the share of 1/4 is a default among
+them, no rule of the paper.
 
 For attention the pattern masks scores: the mixer `block_sparse_attention`, whose blocks that see
 everything stand for the low rank.
@@ -92,12 +99,13 @@ PAPER = Paper(
         ),
         Claim(
             "budgets of layers by their neural tangent kernels",
-            note="not implemented: its rule could not be established",
+            note="not implemented: neither the paper's abstract and figure 1 nor the code has the"
+            " rule",
         ),
     ),
     source="github.com/HazyResearch/fly: src/models/layers/blocksparse_linear.py, "
     "src/models/layers/fastlinear.py (SparseLRLinear), src/ops/butterfly_factor.py, configs/model; "
-    "of the paper, its abstract",
+    "of the paper, its abstract and the caption of figure 1",
     departures=(
         "gamma is a learned scalar, as in the abstract's formula, that starts at 1/2; the code has"
         " a sigmoid gate of each token's features, or 1/2",

@@ -162,6 +162,20 @@ def test_budget_prefers_the_largest_of_equals():
     assert rank_for(768, 3072, 0.052084 * 768 * 3072) == 32
 
 
+def test_numbers_of_the_authors_configs():
+    """At 768 x 3072, in the order (16, 2), (16, 3), (16, 4), (8, 2), (8, 3), (32, 3)."""
+    densities, shares = [], []
+    for size, factors in ((16, 2), (16, 3), (16, 4), (8, 2), (8, 3), (32, 3)):
+        named = {"size": size, "factors": factors, "rank": 32}
+        module = layer(Pixelfly, 768, 3072, block=8, **named)
+        used, low = count(module, "gamma"), count(module, "gamma", "blocks")
+        densities.append(used / (768 * 3072))
+        shares.append(low / used)
+    expected = [0.2396, 0.3021, 0.3646, 0.4271, 0.5521, 0.1771]
+    np.testing.assert_allclose(densities, expected, atol=1e-4)
+    np.testing.assert_allclose((min(shares), max(shares)), (0.0943, 0.2941), atol=1e-4)
+
+
 @pytest.mark.parametrize("density", [0.125, 0.25, 0.5])
 def test_parameters_and_flops_are_the_density(density):
     for technique in (Pixelfly, BlockSparse):
