@@ -214,3 +214,35 @@ def test_operated_linear_is_trained(host, name):
     found = operated(host)
     silent = ".*(" + "|".join(UNTIL_ANOTHER_MOVES) + ")" if keeps(name) else ""
     check_trained(found.grads, found.where[name], silent)
+
+
+FUSING = [n for n in IN_BLOCKS if getattr(registry.find(n, "linear").build, "fuses", ())]
+CHANNELS = [("mlp", name) for name in FUSING] + [("glu", "monarch")]
+
+
+@pytest.mark.parametrize(("channel", "name"), CHANNELS)
+@pytest.mark.parametrize(("activation", "fused"), [("gelu", True), ("gelu_exact", False)])
+def test_feed_forward_blocks_fuse_the_activation(channel, name, activation, fused):
+    """In evaluation it is an argument of the product, where the product has it; else it follows."""
+    rules = Rules([{"at": ".*", "use": name, "kind": "linear", **LINEARS[name][0]}])
+    block = registry.find(channel, "channel").build(
+        Scope(rules, "channel"), 16, hidden=32, activation=activation, bias=True
+    )
+    values = model_lib.init(block, jax.random.key(0))
+    values = {p: v + 0.1 * jnp.arange(v.size).reshape(v.shape) / v.size for p, v in values.items()}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 16)), jnp.float32)
+
+    def run(x, train):
+        return model_lib.bind(block, values)(x, Context(train=train))
+
+    def calls(jaxpr):
+        names = [equation.primitive.name for equation in jaxpr.eqns]
+        return names.count("custom_vjp_call"), sum(n in ("tanh", "erf", "erfc") for n in names)
+
+    for train in (False, True):
+        products, outside = calls(jax.make_jaxpr(lambda x, t=train: run(x, t))(x).jaxpr)
+        assert products == {"mlp": 2, "glu": 3}[channel]
+        assert outside == (train or not fused)
+    found, wanted = run(x, False), run(x, True)
+    assert np.abs(wanted).max() > 0.01
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)

@@ -22,6 +22,7 @@ from efficient.linears.layout import layout_of
 from efficient.registry import register
 from efficient.scope import Context, Scope, param
 from pallas_kernels.block_diagonal_matmul import Stride, block_diagonal_matmul
+from pallas_kernels.epilogue import ACTIVATIONS
 
 _PERMUTE = ("none", "inputs", "outputs", "both")
 
@@ -37,6 +38,7 @@ class BlockDiagonal(nnx.Module):
     """
 
     by_rows = True
+    fuses = tuple(ACTIVATIONS)
 
     def __init__(
         self,
@@ -69,7 +71,9 @@ class BlockDiagonal(nnx.Module):
         use_bias = use_bias if bias is None else bias
         self.bias = param((out_features,), ZEROS) if use_bias else None
 
-    def __call__(self, x: Float[Array, "*B I"], context: Context) -> Float[Array, "*B O"]:
+    def __call__(
+        self, x: Float[Array, "*B I"], context: Context, activation: str | None = None
+    ) -> Float[Array, "*B O"]:
         dtype = jnp.result_type(x, self.blocks[...])
         return block_diagonal_matmul(
             x.astype(dtype),
@@ -77,6 +81,7 @@ class BlockDiagonal(nnx.Module):
             bias=None if self.bias is None else self.bias[...].astype(dtype),
             permute_inputs=self.inputs,
             permute_outputs=self.outputs,
+            activation=activation,
             sharding=layout_of(x, context),
         )
 

@@ -25,6 +25,7 @@ from efficient.linears.layout import layout_of
 from efficient.registry import register
 from efficient.scope import Context, Scope, param
 from pallas_kernels.block_sparse_matmul import BlockMask, block_sparse_matmul
+from pallas_kernels.epilogue import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,7 @@ class BlockSparse(nnx.Module):
     """
 
     by_rows = True
+    fuses = tuple(ACTIVATIONS)
 
     def __init__(
         self,
@@ -118,7 +120,9 @@ class BlockSparse(nnx.Module):
         use_bias = use_bias if bias is None else bias
         self.bias = param((out_features,), ZEROS) if use_bias else None
 
-    def __call__(self, x: Float[Array, "*B I"], context: Context) -> Float[Array, "*B O"]:
+    def __call__(
+        self, x: Float[Array, "*B I"], context: Context, activation: str | None = None
+    ) -> Float[Array, "*B O"]:
         dtype = jnp.result_type(x, self.blocks[...])
         bias = None if self.bias is None else self.bias[...]
         return block_sparse_matmul(
@@ -126,6 +130,7 @@ class BlockSparse(nnx.Module):
             self.blocks[...].astype(dtype),
             mask=self.mask,
             bias=bias,
+            activation=activation,
             sharding=layout_of(x, context),
         )
 

@@ -51,6 +51,7 @@ from efficient.papers import Claim, Paper
 from efficient.registry import register
 from efficient.scope import Context, Scope, param
 from pallas_kernels.block_sparse_matmul import BlockMask, block_sparse_matmul
+from pallas_kernels.epilogue import ACTIVATIONS
 
 _TEST = "tests/papers/test_pixelfly.py"
 
@@ -191,6 +192,7 @@ class Pixelfly(nnx.Module):
     """
 
     by_rows = True
+    fuses = tuple(ACTIVATIONS)
 
     def __init__(
         self,
@@ -219,7 +221,9 @@ class Pixelfly(nnx.Module):
         use_bias = use_bias if bias is None else bias
         self.bias = param((out_features,), ZEROS) if use_bias else None
 
-    def __call__(self, x: Float[Array, "*B I"], context: Context) -> Float[Array, "*B O"]:
+    def __call__(
+        self, x: Float[Array, "*B I"], context: Context, activation: str | None = None
+    ) -> Float[Array, "*B O"]:
         dtype = jnp.result_type(x, self.blocks[...])
         read = lambda p: None if p is None else p[...]  # noqa: E731
         u, v = (None if p is None else p[...].astype(dtype) for p in (self.u, self.v))
@@ -231,6 +235,7 @@ class Pixelfly(nnx.Module):
             v=v,
             gamma=read(self.gamma),
             bias=read(self.bias),
+            activation=activation,
             sharding=layout_of(x, context),
         )
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from efficient import model as model_lib
-from efficient import registry
 from efficient.errors import UserError
 from efficient.linears.monarch import (
     Monarch,
@@ -339,30 +338,3 @@ def test_a_matrix_that_is_not_finite_is_not_projected():
 def test_surgery_at_no_layer_is_refused():
     with pytest.raises(UserError, match="matches nothing"):
         MonarchToDense().apply(decoder([]))
-
-
-@pytest.mark.parametrize("channel", ["mlp", "glu"])
-@pytest.mark.parametrize(("activation", "fused"), [("gelu", True), ("gelu_exact", False)])
-def test_feed_forward_blocks_fuse_the_activation(channel, activation, fused):
-    """In evaluation it is an argument of the product, where the product has it; else it follows."""
-    rules = Rules([{"at": ".*", "use": "monarch", "blocks": 4, "kind": "linear"}])
-    block = registry.find(channel, "channel").build(
-        Scope(rules, "channel"), 18, hidden=22, activation=activation, bias=True
-    )
-    values = model_lib.init(block, jax.random.key(0))
-    values = {p: v + 0.1 * jnp.arange(v.size).reshape(v.shape) / v.size for p, v in values.items()}
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 18)), jnp.float32)
-
-    def run(x, train):
-        return model_lib.bind(block, values)(x, Context(train=train))
-
-    def calls(jaxpr):
-        names = [equation.primitive.name for equation in jaxpr.eqns]
-        return names.count("custom_vjp_call"), sum(n in ("tanh", "erf", "erfc") for n in names)
-
-    for train in (False, True):
-        jaxpr = jax.make_jaxpr(lambda x, t=train: run(x, t))(x).jaxpr
-        products, outside = calls(jaxpr)
-        assert products == {"mlp": 2, "glu": 3}[channel]
-        assert outside == (train or not fused)
-    np.testing.assert_allclose(run(x, False), run(x, True), rtol=1e-5, atol=1e-6)
