@@ -177,6 +177,23 @@ def test_float64_is_computed_in_float64(implementation):
             np.testing.assert_allclose(value, expected[name], rtol=1e-11, atol=1e-12, err_msg=name)
 
 
+def test_second_derivatives_are_those_of_the_reference():
+    """At sizes that kernels take."""
+    q, k, v = make(1, 128, 128, 1, 1, 64)[:3]
+
+    def second(implementation):
+        def loss(q):
+            out = attention(q, k, v, mask=Causal(), implementation=implementation)
+            return (out**3).sum()
+
+        return jax.jit(lambda q: jax.jvp(jax.grad(loss), (q,), (jnp.cos(q),))[1])(q)
+
+    found, wanted = (second(i) for i in (None, "reference"))
+    largest = np.abs(wanted).max()
+    assert largest > 1e-2
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * largest)
+
+
 class Drawn(NamedTuple):
     """A call of attention: sizes (B, T, S, N, K, H), its static options, and which arrays it has.
 
