@@ -155,11 +155,10 @@ def _compare(
     given = (q, k, v, None, None, ids, None)
     assert gpu.unsupported(*given, settings) is None
     machine = _machine()
-    out, lse = jax.jit(lambda *given: gpu.forward(*given, settings, machine))(*given)
-    hopper_checks.no_races()
     step = jax.jit(lambda *given: gpu.backward(*given, settings, machine)[:3])
-    dq, dk, dv = step(*given, out, lse, dout, dlse)
-    hopper_checks.no_races()
+    with hopper_checks.no_races():
+        out, lse = jax.jit(lambda *given: gpu.forward(*given, settings, machine))(*given)
+        dq, dk, dv = step(*given, out, lse, dout, dlse)
     found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     n, t, s = np.arange(N)[:, None, None], np.arange(T)[:, None], np.arange(S)
     seen = np.broadcast_to(mask.element(n, t, s), (B, N, T, S))
@@ -223,9 +222,8 @@ def test_learned_sinks(monkeypatch):
     def run(direction, _, settings, *arrays):
         assert gpu.unsupported(*arrays[:7], settings) is None
         machine = _machine()
-        found = jax.jit(lambda *x: getattr(gpu, direction)(*x, settings, machine))(*arrays)
-        hopper_checks.no_races()
-        return found
+        with hopper_checks.no_races():
+            return jax.jit(lambda *x: getattr(gpu, direction)(*x, settings, machine))(*arrays)
 
     monkeypatch.setattr(dispatch, "run", run)
     attention_numpy.check_learned_sinks(Causal(-40), (1, 128, 192, 2, 1, 64), jnp.bfloat16)

@@ -16,6 +16,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from races import no_races
 
 from pallas_kernels.attention import (
     attention,
@@ -225,17 +226,11 @@ def _interpreter():
 
 def _run(given, dout, dlse, settings):
     interpret = _interpreter()
-    out, lse = tpu.forward(*given, settings, interpret=interpret)
-    _no_races()
-    dq, dk, dv, dbias = tpu.backward(*given, out, lse, dout, dlse, settings, interpret=interpret)
-    _no_races()
+    with no_races():
+        out, lse = tpu.forward(*given, settings, interpret=interpret)
+        back = tpu.backward(*given, out, lse, dout, dlse, settings, interpret=interpret)
+    dq, dk, dv, dbias = back
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dbias": dbias}
-
-
-def _no_races():
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    assert not interpret_pallas_call.races.races_found
 
 
 def _compare(
@@ -356,9 +351,8 @@ def test_learned_sinks(dtype, monkeypatch):
 
     def run(direction, _, settings, *arrays):
         settings = settings._replace(block_q=128, block_kv=256)
-        found = getattr(tpu, direction)(*arrays, settings, interpret=_interpreter())
-        _no_races()
-        return found
+        with no_races():
+            return getattr(tpu, direction)(*arrays, settings, interpret=_interpreter())
 
     monkeypatch.setattr(dispatch, "run", run)
     attention_numpy.check_learned_sinks(Causal(-60), (1, 200, 256, 4, 2, 64), dtype)

@@ -16,6 +16,7 @@ from hypothesis import given, settings, strategies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from races import no_races
 
 from pallas_kernels.block_diagonal_matmul import (
     Permutation,
@@ -241,8 +242,6 @@ def test_layouts_are_the_permutations(name, outputs):
 
 
 def interpreted(arrays, dy, permute_inputs=None, permute_outputs=None, activation=None):
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
     params = pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise",
         dma_execution_mode="on_wait",
@@ -252,9 +251,9 @@ def interpreted(arrays, dy, permute_inputs=None, permute_outputs=None, activatio
         reason = tpu.unsupported(x, blocks, permute_inputs, permute_outputs, activation, backward)
         assert reason is None
     how = permute_inputs, permute_outputs, activation, jax.lax.Precision.HIGHEST, params
-    y = tpu.forward(x, blocks, bias, *how)
-    gradients = tpu.backward(x, blocks, bias, dy, *how)
-    assert not interpret_pallas_call.races.races_found
+    with no_races():
+        y = tpu.forward(x, blocks, bias, *how)
+        gradients = tpu.backward(x, blocks, bias, dy, *how)
     assert gradients[1].dtype == jnp.float32
     return y, dict(zip(NAMES, gradients, strict=True))
 

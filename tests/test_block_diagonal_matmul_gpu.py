@@ -73,10 +73,9 @@ def test_numbers(name):
     arrays, dy = make(K, p, q, (M,), dtype, bias=True)
     on = hopper_checks.machine()
     given = arrays["x"], arrays["blocks"], arrays["bias"]
-    y = jax.jit(lambda *a: gpu.forward(*a, *how, None, on))(*given)
-    hopper_checks.no_races()
-    gradients = jax.jit(lambda *a: gpu.backward(*a, *how, None, on))(*given, dy)
-    hopper_checks.no_races()
+    with hopper_checks.no_races():
+        y = jax.jit(lambda *a: gpu.forward(*a, *how, None, on))(*given)
+        gradients = jax.jit(lambda *a: gpu.backward(*a, *how, None, on))(*given, dy)
     found = {"y": y, **dict(zip(("x", "blocks", "bias"), gradients, strict=True))}
     assert {found[n].dtype for n in ("y", "x")} == {jnp.dtype(dtype)}
     assert {found[n].dtype for n in ("blocks", "bias")} == {jnp.dtype(jnp.float32)}

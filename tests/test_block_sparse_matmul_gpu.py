@@ -99,12 +99,11 @@ def compare(mask, block, M, activation=None, dtype=jnp.bfloat16, **how):
     dy = jnp.asarray(np.random.default_rng(1).normal(size=(M, mask.shape[1] * block[1])), dtype)
     settings = Settings(mask, activation)
     on = hopper_checks.machine()
-    run = functools.partial(gpu.forward, settings=settings, save=True, machine=on)
-    y, before, z = jax.jit(run)(x, *weights)
-    hopper_checks.no_races()
-    run = functools.partial(gpu.backward, has_bias=True, settings=settings, machine=on)
-    gradients = jax.jit(run)(x, dy, z, *weights[:4])
-    hopper_checks.no_races()
+    forward = functools.partial(gpu.forward, settings=settings, save=True, machine=on)
+    backward = functools.partial(gpu.backward, has_bias=True, settings=settings, machine=on)
+    with hopper_checks.no_races():
+        y, before, z = jax.jit(forward)(x, *weights)
+        gradients = jax.jit(backward)(x, dy, z, *weights[:4])
     found = dict(zip(("dx", "d_blocks", "du", "dv", "d_bias"), gradients, strict=True))
     found |= {"y": y, "before": before, "z": z}
     assert {found[n].dtype for n in ("y", "dx")} == {jnp.dtype(dtype)}

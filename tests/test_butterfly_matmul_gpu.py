@@ -99,10 +99,9 @@ def test_numbers(name):
     stages, b, increasing, M, dtype = NUMBERS[name]
     x, twiddle, dy = make(stages, b, (M,), dtype)
     on, full = hopper_checks.machine(), twiddle if b else twiddle[..., None, None]
-    y = jax.jit(lambda *a: gpu.forward(*a, increasing, None, on))(x, full)
-    hopper_checks.no_races()
-    dx, gradient = jax.jit(lambda *a: gpu.backward(*a, increasing, None, on))(x, full, dy)
-    hopper_checks.no_races()
+    with hopper_checks.no_races():
+        y = jax.jit(lambda *a: gpu.forward(*a, increasing, None, on))(x, full)
+        dx, gradient = jax.jit(lambda *a: gpu.backward(*a, increasing, None, on))(x, full, dy)
     assert {y.dtype, dx.dtype} == {jnp.dtype(dtype)} and gradient.shape == full.shape
 
     naive = {"y": np.asarray(x, np.float64), "dx": np.asarray(dy, np.float64)}

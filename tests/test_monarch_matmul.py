@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from races import no_races
 
 from pallas_kernels import interleave
 from pallas_kernels.compat import on_device
@@ -206,8 +207,6 @@ def test_exchanges_of_lanes(blocks):
 
 
 def interpret(sizes, M, dtype, monkeypatch, straight=True, rows=tpu_plan.ROWS):
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
     monkeypatch.setattr(tpu_plan, "ROWS", rows)
     if not straight:
         monkeypatch.setattr(tpu_plan, "STRAIGHT_FLOPS", 0)
@@ -215,13 +214,14 @@ def interpret(sizes, M, dtype, monkeypatch, straight=True, rows=tpu_plan.ROWS):
     for backward in (False, True):
         assert tpu.unsupported(x, right, left, backward) is None
     precision = jax.lax.Precision.HIGHEST
-    y = tpu.forward(x, right, left, None, None, precision, params())
-    gradients = tpu.backward(x, right, left, dy, precision, params())
-    assert not interpret_pallas_call.races.races_found
+    with no_races():
+        y = tpu.forward(x, right, left, None, None, precision, params())
+        gradients = tpu.backward(x, right, left, dy, precision, params())
     exact = expected(x, right, left, dy)
     assert max(errors([y, *gradients], exact)) < (1e-6 if dtype == jnp.float32 else 6e-3)
     # bfloat16 weights' gradients are sums in float32 of products of z and dz rounded to it
-    final = tpu.forward(x, right, left, bias, "gelu", precision, params())
+    with no_races():
+        final = tpu.forward(x, right, left, bias, "gelu", precision, params())
     wide = np.asarray(exact[0] + np.asarray(bias, np.float64), np.float32)
     (error,) = errors([final], [np.asarray(jax.nn.gelu(wide, approximate=True), np.float64)])
     assert error < (1e-6 if dtype == jnp.float32 else 6e-3)
@@ -274,18 +274,16 @@ def keeping(monkeypatch):
 )
 @pytest.mark.parametrize("in_stages", [False, True])
 def test_kernels_that_keep_what_is_between_the_factors(in_stages, sizes, cores, dtype, keeping):
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
     keeping(in_stages, cores)
     x, right, left, _, dy = make(sizes, (512,), dtype)
     assert tpu.keeps(x, right, left)
     backward = tpu_plan.kept_backward(512, right, left, x.dtype.itemsize)
     assert backward.backward != in_stages and backward.steps == 2
     precision = jax.lax.Precision.HIGHEST
-    y, z = tpu.forward(x, right, left, None, None, precision, params(), keep=True)
+    with no_races():
+        y, z = tpu.forward(x, right, left, None, None, precision, params(), keep=True)
+        gradients = tpu.backward(x, right, left, dy, precision, params(), z=z)
     assert (z.shape, z.dtype) == tpu.kept(x, right)
-    gradients = tpu.backward(x, right, left, dy, precision, params(), z=z)
-    assert not interpret_pallas_call.races.races_found
     found = errors([y, *gradients], expected(x, right, left, dy))
     assert max(found) < (1e-6 if dtype == jnp.float32 else 6e-3)
 

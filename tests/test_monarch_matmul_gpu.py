@@ -89,10 +89,9 @@ def compare(sizes, M, dtype=jnp.bfloat16):
     x, right, left, _, dy = make(sizes, (M,), dtype)
     assert gpu.unsupported(x, right, left, True) is None
     on = hopper_checks.machine()
-    y = jax.jit(lambda *a: gpu.forward(*a, None, None, None, on))(x, right, left)
-    hopper_checks.no_races()
-    dx, dright, dleft = jax.jit(lambda *a: gpu.backward(*a, None, on))(x, right, left, dy)
-    hopper_checks.no_races()
+    with hopper_checks.no_races():
+        y = jax.jit(lambda *a: gpu.forward(*a, None, None, None, on))(x, right, left)
+        dx, dright, dleft = jax.jit(lambda *a: gpu.backward(*a, None, on))(x, right, left, dy)
     assert {y.dtype, dx.dtype} == {jnp.dtype(dtype)}
     assert {dright.dtype, dleft.dtype} == {jnp.dtype(jnp.float32)}
     names = ("y", "dx", "dright", "dleft")
