@@ -212,33 +212,67 @@ def test_bfloat16_error_is_at_most_twice_that_of_rounded_stages():
         assert 0 < rms(found) <= 2 * rms(y)
 
 
-def dots(jaxpr, times=1):
-    """FLOPs of dot products, in kernels by their grids; of a choice by platform, the CPU's."""
-    total = 0
+def total(of, jaxpr, times=1):
+    """The sum of of(equation), in kernels by their grids; of a choice by platform, the CPU's."""
+    found = 0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contract, _), _ = eqn.params["dimension_numbers"]
-            left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-            total += times * 2 * math.prod(out) * math.prod(left[a] for a in contract)
+        found += times * of(eqn)
         if eqn.params.get("branches_platforms"):
             here = [i for i, p in enumerate(eqn.params["branches_platforms"]) if p and "cpu" in p]
-            total += dots(eqn.params["branches"][here[0]].jaxpr, times)
+            found += total(of, eqn.params["branches"][here[0]].jaxpr, times)
             continue
         mapping = eqn.params.get("grid_mapping")
         inside = times if mapping is None else math.prod(mapping.grid)
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
-                total += dots(inner, inside) if hasattr(inner, "eqns") else 0
-    return total
+                found += total(of, inner, inside) if hasattr(inner, "eqns") else 0
+    return found
 
 
-@pytest.mark.parametrize(("stages", "b"), [(3, 0), (7, 0), (4, 4), (2, 64)])
-def test_flops_of_the_products(stages, b):
+def of_product(eqn):
+    """FLOPs of a product of matrices."""
+    if eqn.primitive.name != "dot_general":
+        return 0
+    (contract, _), _ = eqn.params["dimension_numbers"]
+    left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    return 2 * math.prod(out) * math.prod(left[a] for a in contract)
+
+
+def of_elements(eqn):
+    """Elements that are multiplied, or added up."""
+    of = {"mul": eqn.outvars, "reduce_sum": eqn.invars}.get(eqn.primitive.name)
+    return math.prod(of[0].aval.shape) if of else 0
+
+
+dots = functools.partial(total, of_product)
+
+
+@pytest.mark.parametrize(
+    ("stages", "b", "flops"),
+    [  # of a row: 2 n b features times the columns of a block, for each product
+        (3, 0, 2 * 8 * 8),
+        (7, 0, 2 * 128 * (32 + 4)),
+        (4, 4, 2 * 64 * (32 + 8)),
+        (2, 64, 2 * 256 * (128 + 128)),
+    ],
+)
+def test_flops_of_the_products(stages, b, flops):
     """And of nothing else: factors are multiplied with each other by sums."""
     x, twiddle, _ = make(stages, b, (3,))
     program = jax.make_jaxpr(butterfly_matmul)(x, twiddle).jaxpr
-    assert dots(program) == 3 * blockwise.flops(stages, max(b, 1)) > 0
+    assert dots(program) == 3 * flops
+    assert blockwise.flops(stages, max(b, 1)) == flops
+
+
+@pytest.mark.parametrize("b", [32, 64])
+def test_a_factor_alone_costs_its_product_alone(b):
+    """Forward and backward: beside the products no more is multiplied, or added up, than it has
+    entries."""
+    x, twiddle, dy = make(2, b, (3,))
+    program = jax.make_jaxpr(run)(x, twiddle, dy).jaxpr
+    assert dots(program) > 0
+    assert total(of_elements, program) <= twiddle.size
 
 
 # ---- the TPU kernels
