@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from races import no_races
+from test_block_sparse_matmul import ACTIVATIONS
 
 from pallas_kernels import interleave
 from pallas_kernels.compat import on_device
@@ -116,24 +117,28 @@ def test_any_sizes(sizes, seed):
     assert max(errors(found, expected(x, right, left, dy))) < 2e-6
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu", "silu", None])
-def test_bias_and_activation_with_their_gradients(activation):
-    x, right, left, bias, dy = make(WIDE)
-    apply = {"gelu": lambda y: jax.nn.gelu(y, approximate=True), None: lambda y: y}
-    apply = apply.get(activation) or getattr(jax.nn, activation)
-    R, between, L, behind = (jnp.asarray(a, jnp.float32) for a in matrices(right, left))
-    W = R @ between @ L @ behind
-
-    def loss(x, bias):
-        y = monarch_matmul(x, right, left, bias=bias, activation=activation)
-        return (y * dy).sum()
-
-    def plain(x, bias):
-        return (apply(x @ W + bias) * dy).sum()
-
-    found, right_ones = (jax.value_and_grad(f, (0, 1))(x, bias) for f in (loss, plain))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right_ones), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+@pytest.mark.parametrize(
+    ("activation", "dtype", "bound"),
+    [
+        ("gelu", jnp.float32, 2e-6),
+        ("relu", jnp.float32, 2e-6),
+        ("silu", jnp.float32, 2e-6),
+        (None, jnp.float32, 2e-6),
+        ("gelu", jnp.bfloat16, 2**-6),
+    ],
+)
+def test_bias_and_activation_with_their_gradients(activation, dtype, bound):
+    """All four arguments'. In bfloat16 y, the slope's product with dy, and z are rounded."""
+    x, right, left, bias, dy = make(WIDE, dtype=dtype)
+    product = functools.partial(monarch_matmul, activation=activation)
+    y, pull = jax.vjp(lambda *a: product(*a[:3], bias=a[3]), x, right, left, bias)
+    found = y, *pull(dy)
+    assert {a.dtype for a in found} == {jnp.dtype(dtype)}
+    linear = expected(x, right, left, dy)[0] + np.asarray(bias, np.float64)
+    after, slope = ACTIVATIONS[activation](linear)
+    dh = slope * np.asarray(dy, np.float64)
+    _, *gradients = expected(x, right, left, dh)
+    assert max(errors(found, [after, *gradients, dh.sum(0)])) < bound
 
 
 @pytest.mark.parametrize("platform", ["cpu", "accelerator"])

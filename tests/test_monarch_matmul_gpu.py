@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hopper_checks import rounded
+from test_block_sparse_matmul import ACTIVATIONS
 from test_monarch_matmul import expected, make
 
 from pallas_kernels import hopper, hopper_blocks
@@ -85,27 +86,32 @@ def naive(x, right, left, dy, dtype):
     return y, dx, np.einsum("mkp,mkq->kpq", x, dz), np.einsum("mrl,msl->lrs", z, dy)
 
 
-def compare(sizes, M, dtype=jnp.bfloat16):
-    x, right, left, _, dy = make(sizes, (M,), dtype)
+def compare(sizes, M, dtype=jnp.bfloat16, activation=None):
+    """With an activation the forward pass has a bias too."""
+    x, right, left, bias, dy = make(sizes, (M,), dtype)
     assert gpu.unsupported(x, right, left, True) is None
     on = hopper_checks.machine()
     with hopper_checks.no_races():
-        y = jax.jit(lambda *a: gpu.forward(*a, None, None, None, on))(x, right, left)
+        given = x, right, left, bias if activation else None
+        y = jax.jit(lambda *a: gpu.forward(*a, activation, None, on))(*given)
         dx, dright, dleft = jax.jit(lambda *a: gpu.backward(*a, None, on))(x, right, left, dy)
     assert {y.dtype, dx.dtype} == {jnp.dtype(dtype)}
     assert {dright.dtype, dleft.dtype} == {jnp.dtype(jnp.float32)}
     names = ("y", "dx", "dright", "dleft")
+    exact = dict(zip(names, expected(x, right, left, dy), strict=True))
+    near = dict(zip(names, naive(x, right, left, dy, dtype), strict=True))
+    if activation:
+        apply = lambda y: ACTIVATIONS[activation](y + np.asarray(bias, np.float64))[0]  # noqa: E731
+        exact["y"], near["y"] = apply(exact["y"]), rounded(apply(near["y"]), dtype)
     hopper_checks.check(
-        dict(zip(names, (y, dx, dright, dleft), strict=True)),
-        dict(zip(names, expected(x, right, left, dy), strict=True)),
-        dict(zip(names, naive(x, right, left, dy, dtype), strict=True)),
-    )
+        dict(zip(names, (y, dx, dright, dleft), strict=True)), exact, near
+    )  # fmt: skip
 
 
 NUMBERS = {
-    # K, p, q, L, r, s; rows
+    # K, p, q, L, r, s; rows; dtype; activation
     "pieces of 64": ((2, 128, 128, 2, 128, 128), 128, jnp.bfloat16),
-    "pieces of 32, ragged": ((4, 128, 128, 4, 128, 128), 100, jnp.bfloat16),
+    "pieces of 32, ragged, bias and GELU": ((4, 128, 128, 4, 128, 128), 100, jnp.bfloat16, "gelu"),
     "pieces of 16": ((8, 128, 128, 8, 128, 128), 64, jnp.bfloat16),
     "pieces of 8": ((16, 128, 128, 16, 128, 128), 64, jnp.bfloat16),
     "whole blocks, float16": ((1, 128, 256, 2, 128, 128), 64, jnp.float16),
