@@ -9,8 +9,6 @@ import jax
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core as jex_core
 
-JAX_VERSION: tuple[int, ...] = jax.__version_info__
-
 
 @dataclasses.dataclass(frozen=True)
 class PallasCall:

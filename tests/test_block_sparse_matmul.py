@@ -263,7 +263,7 @@ def test_flops_are_those_of_live_blocks(rank):
 # ---- the TPU kernels
 
 
-def interpreted(arrays, mask, activation, weight, tile=None, monkeypatch=None):
+def interpreted(arrays, mask, activation, weight):
     """y and raw gradients of the kernels for dy = weight, which are what `api` scales."""
     how = Settings(mask, activation, jax.lax.Precision.HIGHEST)
     params = pltpu.InterpretParams(

@@ -11,15 +11,14 @@ from pallas_kernels.monarch_matmul import tpu, tpu_plan
 from pallas_kernels.monarch_matmul.api import monarch_matmul
 
 
-def forward(x, right, left, implementation=None):
+def forward(x, right, left):
     """y of the platform's kernel."""
-    return monarch_matmul(x, right, left, implementation=implementation)
+    return monarch_matmul(x, right, left)
 
 
-def backward(x, right, left, dy, implementation=None):
+def backward(x, right, left, dy):
     """dx, dright, dleft of the platform's kernel."""
-    product = functools.partial(forward, implementation=implementation)
-    return jax.vjp(product, x, right, left)[1](dy)
+    return jax.vjp(forward, x, right, left)[1](dy)
 
 
 def _weights_once(x, right, left, *_):
