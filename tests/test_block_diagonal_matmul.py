@@ -366,7 +366,7 @@ def test_bytes_and_flops_are_those_of_the_formula(name):
     [
         ((4, 64, 128), 128, jnp.float32, {}, "p = 64 of the blocks is no multiple of 128"),
         ((4, 128, 192), 128, jnp.float32, {}, "q = 192 of the blocks is no multiple of 128"),
-        ((4, 128, 128), 127, jnp.float32, {}, "127 rows, fewer than 128"),
+        ((4, 128, 128), 127, jnp.float32, {}, "M = 127 rows, fewer than 128"),
         ((4, 128, 128), 128, jnp.float16, {}, "dtype float16"),
         ((1, 4096, 4096), 128, jnp.bfloat16, {}, r"it would hold \d+ of 61 MiB on chip"),
         (

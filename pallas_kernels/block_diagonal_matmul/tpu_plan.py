@@ -112,7 +112,7 @@ def plan(M, blocks, inputs, outputs, itemsize, backward, activation) -> Plan | s
                 f"{LANES} features nor those of a power of two blocks in turn"
             )
     if M < LANES:
-        return f"{M} rows, fewer than {LANES}"
+        return f"M = {M} rows, fewer than {LANES}"
     base = Plan(M, K, p, q, *sides, itemsize, backward, activation, chip=chip())
     whole = not all(side.in_place for side in sides)  # rows, which have all blocks
     shapes = [(n, each) for n in ROWS if n <= M for each in range(K, 0, -1) if K % each == 0]

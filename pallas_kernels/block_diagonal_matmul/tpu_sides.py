@@ -37,8 +37,8 @@ class Side(NamedTuple):
         """The inverse of `separate`."""
         for tiles, blocks, rows, words in self._exchanges():
             separate = [self.words[words, tile(at)] for at in blocks]
-            for at, spreaded in zip(tiles, spread(separate), strict=True):
-                self.ref[rows, tile(at)] = unpack(spreaded, self.ref.dtype)
+            for at, joined in zip(tiles, spread(separate), strict=True):
+                self.ref[rows, tile(at)] = unpack(joined, self.ref.dtype)
 
     def _exchanges(self):
         """L tiles of `ref`, the L tiles of `words` that they make, rows of both."""

@@ -118,7 +118,7 @@ def plan(x, twiddle, increasing, backward) -> Plan | str:
     if b & (b - 1) or N % LANES:
         return f"{N} features in blocks of {b}, no power of two of at least {LANES}"
     if M < LANES:
-        return f"{M} rows, fewer than {LANES}"
+        return f"M = {M} rows, fewer than {LANES}"
     base = Plan(M, N, b, increasing, x.dtype.itemsize, backward, chip=chip())
     options = [base._replace(rows=rows) for rows in ROWS if rows <= M]
     fits = [option for option in options if option.vmem <= base.chip.planned]
