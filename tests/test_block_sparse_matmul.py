@@ -446,7 +446,7 @@ zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
         (bad(v=zeros((4, 32))), r"v must be \[3, 32\], got \[4, 32\]"),
         (bad(gamma=0.5), "gamma must be a floating scalar beside u and v, or None; got float"),
         (bad(bias=zeros((31,))), r"bias must be floating \[32\] or None, got \[31\]"),
-        (bad(activation="tanh"), "activation must be one of None, 'gelu', 'relu', 'silu'"),
+        (bad(activation="tanh"), "activation must be one of 'gelu', 'relu', 'silu', None"),
         (bad(precision="best"), "precision must be one of None, 'default'"),
         (bad(implementation="cuda"), "implementation must be one of None, 'reference'"),
         (bad(sharding="data"), "sharding must be NamedSharding"),

@@ -1,18 +1,20 @@
 """Arguments of `block_diagonal_matmul`: one line that names what is wrong and what is accepted."""
 
+import functools
+
+from pallas_kernels import arguments
 from pallas_kernels.block_diagonal_matmul.permutation import Permutation, Stride
 from pallas_kernels.epilogue import ACTIVATIONS
 
-IMPLEMENTATIONS = (None, "reference", "blockwise", "tpu", "gpu")
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_OP = "block_diagonal_matmul"
+_fail, _shape = functools.partial(arguments.fail, _OP), arguments.shape
 
 
 def check(x, blocks, bias, permute_inputs, permute_outputs, activation, implementation):
     """Raises ValueError for what `api.block_diagonal_matmul` does not accept."""
     if getattr(x, "ndim", 0) < 1 or 0 in x.shape:
         _fail("x", f"an array [..., K p] with no axis of 0, got {_shape(x)}")
-    if x.dtype.name not in _DTYPES:
-        _fail("x", f"of dtype {', '.join(_DTYPES)}; got {x.dtype.name}")
+    arguments.dtype(_OP, x)
     if getattr(blocks, "ndim", 0) != 3 or 0 in blocks.shape:
         _fail("blocks", f"an array [K, p, q] with no axis of 0, got {_shape(blocks)}")
     K, p, q = blocks.shape
@@ -20,16 +22,11 @@ def check(x, blocks, bias, permute_inputs, permute_outputs, activation, implemen
         _fail("x", f"[..., {K * p}], K p of blocks {list(blocks.shape)}; got {_shape(x)}")
     if bias is not None and getattr(bias, "shape", None) != (K * q,):
         _fail("bias", f"[{K * q}] or None, got {_shape(bias)}")
-    for name, a in (("blocks", blocks), ("bias", bias)):
-        if a is not None and a.dtype != x.dtype:
-            _fail(name, f"of x's dtype {x.dtype.name}, got {a.dtype.name}")
+    arguments.same_dtype(_OP, x, blocks=blocks, bias=bias)
     _check_permutation("permute_inputs", permute_inputs, K * p)
     _check_permutation("permute_outputs", permute_outputs, K * q)
-    if activation not in (None, *ACTIVATIONS):
-        _fail("activation", f"one of {', '.join(map(repr, ACTIVATIONS))}, None; got {activation!r}")
-    if implementation not in IMPLEMENTATIONS:
-        accepted = ", ".join(map(repr, IMPLEMENTATIONS))
-        _fail("implementation", f"one of {accepted}; got {implementation!r}")
+    arguments.one_of(_OP, "activation", activation, (*ACTIVATIONS, None))
+    arguments.one_of(_OP, "implementation", implementation, arguments.IMPLEMENTATIONS)
 
 
 def _check_permutation(name, permutation, features):
@@ -40,11 +37,3 @@ def _check_permutation(name, permutation, features):
     misfit = permutation.misfit(features)
     if misfit:
         _fail(name, f"{misfit}; got {permutation!r:.60}")
-
-
-def _shape(x):
-    return str(list(x.shape)) if hasattr(x, "shape") else type(x).__name__
-
-
-def _fail(name, must):
-    raise ValueError(f"block_diagonal_matmul: {name} must be {must}")
