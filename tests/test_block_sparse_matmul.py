@@ -5,6 +5,7 @@ The kernels run in Pallas' TPU interpreter with race detection and memory that s
 
 import functools
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -444,10 +445,16 @@ zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
         (bad(u=None), "u and v must be given together"),
         (bad(u=zeros((11, 3))), r"u must be \[12, r\], got \[11, 3\]"),
         (bad(v=zeros((4, 32))), r"v must be \[3, 32\], got \[4, 32\]"),
-        (bad(gamma=0.5), "gamma must be a floating scalar beside u and v, or None; got float"),
+        (bad(gamma=0.5), r"gamma must be a floating array \[\] beside u and v, or None; got float"),
         (bad(bias=zeros((31,))), r"bias must be floating \[32\] or None, got \[31\]"),
         (bad(activation="tanh"), "activation must be one of 'gelu', 'relu', 'silu', None"),
-        (bad(precision="best"), "precision must be one of None, 'default'"),
+        (
+            bad(precision="float32"),
+            "precision must be one of None, 'default', 'high', 'highest', or a jax.lax.Precision;"
+            " got 'float32'",
+        ),
+        (bad(precision="a jax.lax.Precision"), "precision must be .* got 'a jax.lax.Precision'"),
+        (bad(precision=("high", "high")), r"precision must be .* got \('high', 'high'\)"),
         (bad(implementation="cuda"), "implementation must be one of None, 'reference'"),
         (bad(sharding="data"), "sharding must be NamedSharding"),
     ],
@@ -456,6 +463,16 @@ def test_bad_input_is_named_with_what_is_accepted(arguments, words):
     with pytest.raises(ValueError, match=words) as error:
         block_sparse_matmul(**arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("precision", [None, "default", "high", "highest", *jax.lax.Precision])
+def test_every_documented_precision_is_that_of_the_products(precision):
+    arrays = make(RAGGED, 4, 8)
+    product = functools.partial(block_sparse_matmul, mask=RAGGED, precision=precision)
+    text = str(jax.make_jaxpr(product)(arrays["x"], arrays["blocks"]))
+    name = getattr(precision, "name", precision)
+    found = set(re.findall(r"precision=\(Precision\.(\w+)", text))  # nothing is printed of None
+    assert found == (set() if precision is None else {name.upper()})
 
 
 @pytest.mark.parametrize("live", [np.ones((2, 2)), np.ones(3, bool), np.ones((0, 2), bool)])

@@ -40,13 +40,14 @@ def block_sparse_matmul(
         of B without a live block is zero.
       mask: which blocks of B are live, [I / bi, O / bo].
       u, v: [I, r] and [r, O] in x's dtype; or neither. x U is rounded to x's dtype.
-      gamma: floating scalar; None: the plain sum x B + (x U) V.
+      gamma: array [], floating; None: the plain sum x B + (x U) V.
       bias: floating [O].
       activation: None, "gelu" (by tanh), "relu" or "silu".
       sharding: of x on a mesh, over leading axes alone, `NamedSharding(mesh, P(..., None))`; each
         device then works on its rows with all the weights. Needed where the TPU kernel runs on a
         mesh of Auto axes; on one of Explicit axes it is read off x.
-      precision: of float32 products, as for `jax.numpy.einsum`. Sums are in float32 whatever it is.
+      precision: of float32 products: None, "default", "high", "highest" or a jax.lax.Precision.
+        Sums are in float32 whatever it is.
       implementation: None, by the platform for which the program is lowered; or "reference" (a
         dense matrix), "blockwise" (XLA operations), "tpu", "gpu" (kernels for Hopper GPUs).
 

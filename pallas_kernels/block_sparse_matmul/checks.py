@@ -11,7 +11,7 @@ from pallas_kernels.epilogue import ACTIVATIONS
 
 _OP = "block_sparse_matmul"
 _fail, _shape = functools.partial(arguments.fail, _OP), arguments.shape
-PRECISIONS = (None, "default", "high", "highest")
+_PRECISIONS = ("default", "high", "highest")
 
 
 def check(x, blocks, mask, u, v, gamma, bias, activation, implementation):
@@ -31,7 +31,7 @@ def check(x, blocks, mask, u, v, gamma, bias, activation, implementation):
             _fail("v", f"[{u.shape[1]}, {outputs}], got {_shape(v)}")
     arguments.same_dtype(_OP, x, blocks=blocks, u=u, v=v)
     if gamma is not None and (u is None or not _floating(gamma, ())):
-        _fail("gamma", f"a floating scalar beside u and v, or None; got {_shape(gamma)}")
+        _fail("gamma", f"a floating array [] beside u and v, or None; got {_shape(gamma)}")
     if bias is not None and not _floating(bias, (outputs,)):
         _fail("bias", f"floating [{outputs}] or None, got {_shape(bias)}")
     arguments.one_of(_OP, "activation", activation, (*ACTIVATIONS, None))
@@ -58,10 +58,12 @@ def precision_of(precision) -> jax.lax.Precision | None:
     Raises:
       ValueError: another name.
     """
-    if isinstance(precision, jax.lax.Precision):
+    if precision is None or isinstance(precision, jax.lax.Precision):
         return precision
-    arguments.one_of(_OP, "precision", precision, (*PRECISIONS, "a jax.lax.Precision"))
-    return None if precision is None else jax.lax.Precision[precision.upper()]
+    if not isinstance(precision, str) or precision not in _PRECISIONS:
+        names = ", ".join(map(repr, _PRECISIONS))
+        _fail("precision", f"one of None, {names}, or a jax.lax.Precision; got {precision!r}")
+    return jax.lax.Precision[precision.upper()]
 
 
 def _floating(x, shape):
