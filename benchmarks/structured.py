@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from benchmarks import gpu
 from pallas_kernels.block_diagonal_matmul import Stride, block_diagonal_matmul
 from pallas_kernels.block_sparse_matmul import block_sparse_matmul
-from pallas_kernels.block_sparse_matmul.cases import butterfly as butterfly_mask
+from pallas_kernels.block_sparse_matmul.mask import flat_butterfly
 from pallas_kernels.butterfly_matmul import butterfly_matmul
 from pallas_kernels.lab.chips import chip
 from pallas_kernels.monarch_matmul import monarch_matmul
@@ -93,7 +93,7 @@ def monarch(K: int, p: int, q: int, L: int, r: int, s: int) -> Shape:
 
 def block_sparse(inputs: int, outputs: int, factors: int, rank: int = 0, block: int = 128) -> Shape:
     rows, columns = inputs // block, outputs // block
-    mask = butterfly_mask(rows, columns, min(rows, columns, 32), factors)
+    mask = flat_butterfly(rows, columns, min(rows, columns, 32), factors)
 
     def product(implementation, x, blocks, u=None, v=None):
         return block_sparse_matmul(x, blocks, u=u, v=v, mask=mask, implementation=implementation)

@@ -20,16 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.records import by_turns, quartiles, record
-from pallas_kernels.block_sparse_matmul import BlockMask, block_sparse_matmul
+from pallas_kernels.block_sparse_matmul import block_sparse_matmul
+from pallas_kernels.block_sparse_matmul.mask import flat_butterfly
 from pallas_kernels.monarch_matmul import monarch_matmul
 
 BLOCK = 128
-
-
-def flat_butterfly(blocks: int, factors: int) -> BlockMask:
-    """Square, of a power of two of blocks: (factors + 1) / blocks of them are live."""
-    i = np.arange(blocks)
-    return BlockMask(np.isin(i[:, None] ^ i, [0, *(2**f for f in range(factors))]))
 
 
 def layers(n: int, rng):
@@ -47,7 +42,7 @@ def layers(n: int, rng):
     count = n // BLOCK
     # Of 1/8: a flat butterfly of half or more of it, a rank for what is left.
     factors = max(1, min(count.bit_length() - 1, count // 8 - 1))
-    mask = flat_butterfly(count, factors)
+    mask = flat_butterfly(count, count, count, factors)
     rank = max(0, round((1 / 8 - mask.density) * n / 2))
     live = normal(mask.count, BLOCK, BLOCK, fan_in=BLOCK * (factors + 1))
     low = (normal(n, rank, fan_in=n), normal(rank, n, fan_in=rank)) if rank else ()

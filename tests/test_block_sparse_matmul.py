@@ -25,6 +25,7 @@ from pallas_kernels.block_sparse_matmul import (
     tpu,
     tpu_plan,
 )
+from pallas_kernels.block_sparse_matmul.mask import flat_butterfly
 from pallas_kernels.block_sparse_matmul.settings import Settings
 from pallas_kernels.compat import on_device
 from pallas_kernels.lab import traffic
@@ -248,7 +249,7 @@ def dots(jaxpr):
 @pytest.mark.parametrize("rank", [0, 3])
 def test_flops_are_those_of_live_blocks(rank):
     """Forward, and forward and backward: three products of each, and none of a dense matrix."""
-    for mask in (RAGGED, cases.butterfly(16, 8, 8, 2), BlockMask(np.eye(70, dtype=bool))):
+    for mask in (RAGGED, flat_butterfly(16, 8, 8, 2), BlockMask(np.eye(70, dtype=bool))):
         arrays = make(mask, 2, 3, rank=rank)
         one = 2 * 6 * (6 * mask.count + rank * (2 * mask.shape[0] + 3 * mask.shape[1]))
         weight = jnp.asarray(weight_of(mask, 3, 6))
@@ -305,8 +306,8 @@ def test_kernels_of_ragged_masks():
 
 
 KERNELS = {
-    "plain": (cases.butterfly(8, 8, 8, 2), 128, 128, None, {"M": 24}),
-    "stretched": (cases.butterfly(2, 8, 2, 1), 128, 128, "relu", {"rank": 3, "gamma": False}),
+    "plain": (flat_butterfly(8, 8, 8, 2), 128, 128, None, {"M": 24}),
+    "stretched": (flat_butterfly(2, 8, 2, 1), 128, 128, "relu", {"rank": 3, "gamma": False}),
     "wide_blocks": (RAGGED, 128, 256, None, {"rank": 130}),
     "tall_blocks": (RAGGED, 256, 128, "silu", {"M": 200, "bias": True}),
     "dense_in_steps": (BlockMask(np.ones((3, 3), bool)), 128, 128, None, {"M": 500}),

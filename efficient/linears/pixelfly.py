@@ -39,9 +39,8 @@ import functools
 import math
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from efficient.errors import UserError
 from efficient.init import ZEROS, Constant, Uniform
@@ -51,6 +50,7 @@ from efficient.papers import Claim, Paper
 from efficient.registry import register
 from efficient.scope import Context, Scope, param
 from pallas_kernels.block_sparse_matmul import BlockMask, block_sparse_matmul
+from pallas_kernels.block_sparse_matmul.mask import flat_butterfly as pattern
 from pallas_kernels.epilogue import ACTIVATIONS
 
 _TEST = "tests/papers/test_pixelfly.py"
@@ -136,19 +136,14 @@ def flat_butterfly(rows: int, columns: int, size: int, factors: int) -> BlockMas
         raise UserError(
             f"pixelfly: factors={factors} must be from 1 to {most}, log2 of size={size}"
         )
-    return BlockMask(_pattern(rows, columns, size, factors))
-
-
-def _pattern(rows, columns, size, factors) -> Bool[np.ndarray, "R C"]:
-    p, q = (np.arange(n) * size // n for n in (rows, columns))
-    return np.isin(p[:, None] ^ q, [0, *(2**i for i in range(factors))])
+    return pattern(rows, columns, size, factors)
 
 
 @functools.cache
 def _butterflies(rows: int, columns: int) -> list[tuple[float, int, int]]:
     """(density, size, factors) of all patterns."""
     return [
-        (float(_pattern(rows, columns, 2**power, factors).mean()), 2**power, factors)
+        (pattern(rows, columns, 2**power, factors).density, 2**power, factors)
         for power in range(1, min(rows, columns).bit_length())
         for factors in range(1, power + 1)
     ]

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.block_sparse_matmul.settings import Settings, accumulator, activate, combine
+from pallas_kernels.block_sparse_matmul.settings import Settings, accumulator, combine
+from pallas_kernels.epilogue import finish
 
 # Columns (rows, for gradients) up to which, and sides of a block from which, each is a product of
 # its own.
@@ -31,10 +32,9 @@ def forward(x, blocks, u, v, gamma, bias, settings: Settings, *, save: bool, pla
     y = multiply(x, blocks, settings.mask.columns, settings.precision, platform)
     z = None if u is None else _dot(x, u, settings.precision).astype(dtype)
     low = None if u is None else _dot(z, v, settings.precision)
-    y = combine(y, low, gamma)
-    y = y if bias is None else y + bias
+    y = finish(combine(y, low, gamma), bias, None)
     before = y.astype(dtype) if save and settings.activation else None
-    return activate(settings.activation, y).astype(dtype), before, z if save else None
+    return finish(y, None, settings.activation).astype(dtype), before, z if save else None
 
 
 def backward(x, dy, z, blocks, u, v, gamma, has_bias, settings: Settings, *, platform: str):

@@ -2,19 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.block_sparse_matmul import gpu, tpu
-from pallas_kernels.block_sparse_matmul.mask import BlockMask
+from pallas_kernels.block_sparse_matmul.mask import flat_butterfly
 from pallas_kernels.block_sparse_matmul.settings import Settings
 from pallas_kernels.lab import Case, Program
 from pallas_kernels.lab.case import TPUS
-
-
-def butterfly(rows: int, columns: int, size: int, factors: int) -> BlockMask:
-    """A flat butterfly of `size` blocks with `factors` strides, stretched to rows x columns."""
-    r, c = (np.arange(n) * size // n for n in (rows, columns))
-    return BlockMask(np.isin(r[:, None] ^ c, [0, *(2**i for i in range(factors))]))
 
 
 def case(
@@ -33,7 +26,7 @@ def case(
     the gradients of weights as many FLOPs, and bytes in which weights count twice: they are
     float32. On a GPU these are a kernel each for blocks, U and V, and x U and dy V^T are XLA's.
     """
-    mask = butterfly(inputs // block, outputs // block, size, factors)
+    mask = flat_butterfly(inputs // block, outputs // block, size, factors)
     settings = Settings(mask)
     live = mask.count * block * block
 

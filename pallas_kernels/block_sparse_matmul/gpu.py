@@ -23,7 +23,7 @@ import numpy as np
 
 from pallas_kernels import hopper, hopper_weights
 from pallas_kernels.block_sparse_matmul import gpu_product
-from pallas_kernels.block_sparse_matmul.settings import Settings
+from pallas_kernels.block_sparse_matmul.settings import Settings, padded
 from pallas_kernels.hopper import Machine
 
 RANK = 128  # what ranks are padded to: a tile of U's and V's gradients
@@ -41,7 +41,7 @@ def forward(
     x, blocks, u, v, gamma, bias, settings: Settings, *, save: bool, machine: Machine = Machine()
 ):
     """(y, before, z) as `blockwise.forward`."""
-    rows = _pad(x, 0, gpu_product.TALL)
+    rows = padded(x, 0, gpu_product.TALL)
     z, low, gamma = _low(rows, u, gamma)
     y, before = gpu_product.multiply(
         "block_sparse_forward",
@@ -49,7 +49,7 @@ def forward(
         blocks,
         settings.mask.columns,
         low,
-        None if v is None else _pad(v, 0, RANK),
+        None if v is None else padded(v, 0, RANK),
         gamma,
         None if bias is None else bias.astype(jnp.float32),
         settings,
@@ -66,7 +66,7 @@ def backward(
 ):
     """(dx, d_blocks, du, dv, d_bias) as `blockwise.backward`."""
     M, (_, bi, bo) = x.shape[0], blocks.shape
-    x, dy = (_pad(a, 0, gpu_product.TALL) for a in (x, dy))
+    x, dy = (padded(a, 0, gpu_product.TALL) for a in (x, dy))
     dz, low, gamma = _low(dy, None if v is None else v.T, gamma)
     dx, _ = gpu_product.multiply(
         "block_sparse_dx",
@@ -74,7 +74,7 @@ def backward(
         blocks,
         settings.mask.rows,
         low,
-        None if u is None else _pad(u, 1, RANK),
+        None if u is None else padded(u, 1, RANK),
         gamma,
         None,
         settings._replace(activation=None),
@@ -86,7 +86,7 @@ def backward(
     d_blocks = gradients("block_sparse_dblocks", x, dy, starts, bi, bo)
     du = dv = None
     if u is not None:
-        z = _pad(_pad(z, 0, gpu_product.TALL), 1, RANK)
+        z = padded(padded(z, 0, gpu_product.TALL), 1, RANK)
         one = np.zeros((1, 2), int)
         du = gradients("block_sparse_du", x, dz, one, x.shape[1], dz.shape[1])[0, :, : u.shape[1]]
         dv = gradients("block_sparse_dv", z, dy, one, z.shape[1], dy.shape[1])[0, : u.shape[1]]
@@ -98,14 +98,8 @@ def _low(x, u, gamma):
     """x U, (1 - gamma) x U, each rounded once, with columns of zeros; and gamma as an array."""
     if u is None:
         return None, None, None
-    z = jnp.dot(x, _pad(u, 1, RANK), preferred_element_type=jnp.float32)
+    z = jnp.dot(x, padded(u, 1, RANK), preferred_element_type=jnp.float32)
     if gamma is None:
         return z.astype(x.dtype), z.astype(x.dtype), None
     gamma = gamma.astype(jnp.float32)
     return z.astype(x.dtype), ((1 - gamma) * z).astype(x.dtype), gamma.reshape(1)
-
-
-def _pad(x, axis: int, multiple: int):
-    """Zeros after `axis`, to whole multiples: no rows or ranks that count."""
-    more = -x.shape[axis] % multiple
-    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]) if more else x

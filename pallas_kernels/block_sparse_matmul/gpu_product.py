@@ -13,7 +13,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse_matmul.settings import Settings, activate
+from pallas_kernels.block_sparse_matmul.settings import Settings
+from pallas_kernels.epilogue import finish
 from pallas_kernels.hopper import COMPUTE, DEPTH, ROWS, TILE, Machine, Operand, Ring, shared
 
 WIDE = 128  # columns of a tile, and what the sizes of blocks are multiples of
@@ -204,7 +205,7 @@ def _compute(machine: Machine, at: Plan, mine, inputs: Inputs, outputs, scratch:
             row = tile.row + (group * PARTS + part) * ROWS
             for output in outputs[1:]:
                 _store(scratch.own.at[group], total, output, row, tile.column)
-            total = activate(at.activation, total)
+            total = finish(total, None, at.activation)
             _store(scratch.own.at[group], total, outputs[0], row, tile.column)
         return step + at.low
 

@@ -68,6 +68,16 @@ class BlockMask:
         return _lines(self.live, self.numbers)
 
 
+def flat_butterfly(rows: int, columns: int, size: int, factors: int) -> BlockMask:
+    """A flat butterfly of `size` blocks with `factors` strides, stretched to rows x columns.
+
+    Block (p, q) is live where i = j or i xor j is one of 1, 2 ... 2^(factors - 1), for
+    i = p size // rows and j = q size // columns.
+    """
+    i, j = (np.arange(n) * size // n for n in (rows, columns))
+    return BlockMask(np.isin(i[:, None] ^ j, [0, *(2**f for f in range(factors))]))
+
+
 def _lines(live, numbers):
     return tuple(
         tuple((int(i), int(number[i])) for i in np.flatnonzero(line))

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_matmul.settings import Settings, accumulator, activate, combine
+from pallas_kernels.block_sparse_matmul.settings import Settings, accumulator, combine
+from pallas_kernels.epilogue import finish
 
 
 def matrix(blocks: jax.Array, mask) -> jax.Array:
@@ -23,6 +24,4 @@ def reference(x, blocks, u, v, gamma, bias, settings: Settings) -> jax.Array:
 
     sparse = dot(x, matrix(blocks, settings.mask))
     low = None if u is None else dot(dot(x, u).astype(x.dtype), v)
-    y = combine(sparse, low, gamma)
-    y = y if bias is None else y + bias
-    return activate(settings.activation, y).astype(x.dtype)
+    return finish(combine(sparse, low, gamma), bias, settings.activation).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""What is static about a call of block_sparse_matmul, and the activations."""
+"""What is static about a call of block_sparse_matmul, and what its forms share."""
 
 from typing import NamedTuple
 
@@ -6,31 +6,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_matmul.mask import BlockMask
+from pallas_kernels.epilogue import ACTIVATIONS
 
 
 class Settings(NamedTuple):
     """Static arguments.
 
     mask: the live blocks.
-    activation: None or a name of `ACTIVATIONS`.
+    activation: None or a name of `epilogue.ACTIVATIONS`.
     precision: of the products.
     """
 
     mask: BlockMask
     activation: str | None = None
     precision: jax.lax.Precision | None = None
-
-
-def _gelu(x):
-    return jax.nn.gelu(x, approximate=True)
-
-
-ACTIVATIONS = {"gelu": _gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
-
-
-def activate(name: str | None, x: jax.Array) -> jax.Array:
-    """The activation of `x`, in its dtype."""
-    return x if name is None else ACTIVATIONS[name](x)
 
 
 def activation_gradient(name: str | None, before: jax.Array, dy: jax.Array) -> jax.Array:
@@ -52,3 +41,9 @@ def combine(sparse, low, gamma):
     if low is None or sparse is None:
         return low if sparse is None else sparse
     return sparse + low if gamma is None else gamma * sparse + (1 - gamma) * low
+
+
+def padded(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """x with zeros after `axis` up to a whole multiple: rows or ranks that add nothing."""
+    more = -x.shape[axis] % multiple
+    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]) if more else x

@@ -30,7 +30,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_matmul import tpu_plan
-from pallas_kernels.block_sparse_matmul.settings import Settings, activate, combine
+from pallas_kernels.block_sparse_matmul.settings import Settings, combine, padded
+from pallas_kernels.epilogue import finish
 from pallas_kernels.tpu_chip import chip
 from pallas_kernels.tpu_dot import dot
 
@@ -73,10 +74,10 @@ def _multiply(
     M, (nnz, bi, bo) = x.shape[0], blocks.shape
     bi, bo = (bo, bi) if transposed else (bi, bo)
     width, rank = len(columns) * bo, tpu_plan.padded_rank(u)
-    x = _pad(x, 0, tile)
+    x = padded(x, 0, tile)
     inputs = {"x": (x, _rows(tile, x.shape[1])), "blocks": (blocks, _whole(blocks.shape))}
     if rank:
-        u, v = _pad(u, 1, tpu_plan.LANES), _pad(v, 0, tpu_plan.LANES)
+        u, v = padded(u, 1, tpu_plan.LANES), padded(v, 0, tpu_plan.LANES)
         inputs |= {"u": (u, _whole(u.shape)), "v": (v, _whole(v.shape))}
     if gamma is not None:
         gamma = gamma.astype(jnp.float32).reshape(1, 1)
@@ -148,7 +149,7 @@ def _multiply_kernel(refs, *, plan, block, transposed, settings: Settings):
             total = total + refs["bias"][:, place]
         if "before" in refs:
             refs["before"][:, place] = total.astype(x.dtype)
-        refs["y"][:, place] = activate(settings.activation, total).astype(x.dtype)
+        refs["y"][:, place] = finish(total, None, settings.activation).astype(x.dtype)
 
 
 def _columns(sums, shape):
@@ -161,7 +162,7 @@ def _columns(sums, shape):
 def _gradients(x, dy, z, dz, shape, settings: Settings, has_bias, tile, interpret):
     """(d_blocks, du, dv, d_bias [1, O]) in float32; z = x U, dz = dy V^T, or None."""
     (nnz, bi, bo), wide_in, wide_out = shape, x.shape[1], dy.shape[1]
-    x, dy = _pad(x, 0, tile), _pad(dy, 0, tile)
+    x, dy = padded(x, 0, tile), padded(dy, 0, tile)
     shares = chip().shares(x.shape[0] // tile)
     steps = x.shape[0] // tile // shares
 
@@ -171,7 +172,7 @@ def _gradients(x, dy, z, dz, shape, settings: Settings, has_bias, tile, interpre
     inputs = {"x": (x, rows(wide_in)), "dy": (dy, rows(wide_out))}
     shapes = {"d_blocks": shape}
     if z is not None:
-        z, dz = (_pad(_pad(a, 0, tile), 1, tpu_plan.LANES) for a in (z, dz))
+        z, dz = (padded(padded(a, 0, tile), 1, tpu_plan.LANES) for a in (z, dz))
         rank = z.shape[1]
         inputs |= {"z": (z, rows(rank)), "dz": (dz, rows(rank))}
         shapes |= {"du": (wide_in, rank), "dv": (rank, wide_out)}
@@ -266,12 +267,6 @@ def _of_share(shape):
 
 def _whole(shape):
     return pl.BlockSpec(shape, lambda i: (0,) * len(shape))
-
-
-def _pad(x, axis, multiple):
-    """Zeros after `axis`, to whole multiples: no rows or ranks that count."""
-    more = -x.shape[axis] % multiple
-    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]) if more else x
 
 
 def _beside(parts, axis):
