@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from efficient.errors import UserError
 from efficient.init import ZEROS, FanIn
+from efficient.linears.block_sparse import check_divides
 from efficient.linears.layout import layout_of
 from efficient.registry import register
 from efficient.scope import Context, Scope, param
@@ -52,14 +53,7 @@ class BlockDiagonal(nnx.Module):
         bias: bool | None = None,
     ):
         del scope
-        common = math.gcd(in_features, out_features)
-        if blocks < 1 or common % blocks:
-            fits = [n for n in range(1, common + 1) if common % n == 0]
-            best = min(fits, key=lambda n: abs(n - blocks))
-            raise UserError(
-                f"block_diagonal: blocks={blocks} does not divide {in_features} inputs and "
-                f"{out_features} outputs; the nearest that does is blocks={best}"
-            )
+        check_divides("block_diagonal", in_features, out_features, "blocks", blocks)
         if permute not in _PERMUTE:
             raise UserError(
                 f"block_diagonal: permute={permute!r} is none of {', '.join(map(repr, _PERMUTE))}"

@@ -44,20 +44,25 @@ class LiveUniform:
         return drawn * jnp.asarray(fan_in**-0.5, dtype)[:, None, None]
 
 
+def check_divides(technique: str, in_features: int, out_features: int, name: str, value: int):
+    """Raises UserError where `value` does not divide both, with the nearest that does."""
+    common = math.gcd(in_features, out_features)
+    if value < 1 or common % value:
+        fits = [n for n in range(1, common + 1) if common % n == 0]
+        best = min(fits, key=lambda n: abs(n - value))
+        raise UserError(
+            f"{technique}: {name}={value} does not divide {in_features} inputs and {out_features} "
+            f"outputs; the nearest that does is {name}={best}"
+        )
+
+
 def grid_of_blocks(technique: str, in_features: int, out_features: int, block: int):
     """(rows, columns) of blocks in a matrix [in_features, out_features].
 
     Raises:
-      UserError: `block` does not divide both; the message names the nearest that does.
+      UserError: `block` does not divide both.
     """
-    common = math.gcd(in_features, out_features)
-    if block < 1 or common % block:
-        fits = [n for n in range(1, common + 1) if common % n == 0]
-        best = min(fits, key=lambda n: abs(n - block))
-        raise UserError(
-            f"{technique}: block={block} does not divide {in_features} inputs and {out_features} "
-            f"outputs; the nearest that does is block={best}"
-        )
+    check_divides(technique, in_features, out_features, "block", block)
     return in_features // block, out_features // block
 
 
