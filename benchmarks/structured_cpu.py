@@ -2,12 +2,11 @@
 
     python -m benchmarks.structured_cpu [--n 1024,2048,4096] [--rows M] [--turns N] [--json PATH]
 
-Times y = x W, and its gradients in x and the weights, in float32: dense, Monarch with sqrt(n) / 4
-to n / 128 blocks, Pixelfly at density 1/8 with blocks of 128 (and a rank of n / 32 within it), and
-the butterfly of n log2(n) multiplications. In every turn each is run once, in another order each
-time, so that what else runs on the machine meets all; the figure is the median over turns of the
-dense layer's time over the structured one's of the same turn, with quartiles. The results of the
-first turn are compared with the dense product of the materialized matrix.
+Times y = x W and its gradients in float32: dense, Monarch with 8, 16 and 32 blocks, and Pixelfly
+with blocks of 128 at density 1/8 (1/4 at n 1024). In every turn each is run once, in another order
+each time, so that what else runs on the machine meets all; the figure is the median over turns of
+the dense layer's time over the structured one's of the same turn, with quartiles. 64 rows of y are
+compared with the dense product of the materialized matrix.
 """
 
 import argparse
