@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from efficient import registry
+from efficient.errors import UserError
 from efficient.model import bind, init, walk
 from efficient.scope import Context, Rules, Scope, call
 
@@ -132,6 +133,21 @@ def test_value_is_that_of_the_materialized_matrix(name, arguments, bias):
     y = jax.jit(function(module))(arrays, x)
     assert y.shape == (2, 3, OUTPUTS) and y.dtype == jnp.float32
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "near"),
+    [
+        ("block_diagonal", "blocks=5", "blocks=4"),
+        ("block_sparse", "block=0", "block=1"),
+        ("pixelfly", "block=7", "block=8"),
+    ],
+)
+def test_blocks_that_do_not_divide_are_refused_with_the_nearest_that_do(name, given, near):
+    argument, value = given.split("=")
+    words = f"{name}: {given} does not divide 16 inputs and 24 outputs; .* does is {near}$"
+    with pytest.raises(UserError, match=words):
+        build(name, {argument: int(value)}, False)
 
 
 def dot_flops(jaxpr) -> int:
