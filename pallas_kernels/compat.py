@@ -76,10 +76,10 @@ def on_device(device: jax.Device):
 
 
 def tpu_facts() -> tuple[int, int, int, float] | None:
-    """Of the TPU that is traced for; None where it is none.
+    """Facts about the TPU being traced for, or None if there is none, or this JAX cannot tell.
 
-    VMEM bytes of a core, cores, columns of a matrix unit, FLOPs in bfloat16 in the time of a byte
-    of HBM.
+    VMEM bytes per core, number of cores, matrix-unit columns, bfloat16 FLOPs per byte of HBM
+    traffic.
     """
     try:
         about = pltpu.get_tpu_info()

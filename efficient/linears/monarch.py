@@ -94,7 +94,7 @@ PAPER = Paper(
     "src/models/layers/blockdiag_butterfly_multiply.py, src/ops/blockdiag_butterfly_projection.py",
     departures=(
         "the bias starts at zero, the reference draws it uniformly",
-        "padded inputs and outputs are cut from the factors' use but kept in their shapes",
+        "factors are padded to multiples of b; the padded inputs and outputs are not used",
         "the projection is generalised to rank r > 1 and to padded shapes",
     ),
 )
@@ -190,9 +190,9 @@ class Monarch(nnx.Module):
 
     Args:
       blocks: b; more blocks, fewer parameters: 2 / b of a square dense layer's.
-      split: where a mesh splits features. With "rows" every device gathers both factors and takes
-        its rows, whatever their features; with "features" it has its share of the factors and of
-        the features, some of which travel: for few rows, as in decoding.
+      split: what a device works with where a mesh splits features. "rows": all of both factors,
+        applied to its own rows. "features": a share of the factors and of the features, with some
+        features exchanged; better for few rows, as in decoding.
       bias: overrides what the host asks for.
     """
 

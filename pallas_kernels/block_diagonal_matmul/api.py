@@ -30,23 +30,22 @@ def block_diagonal_matmul(
 
     Reverse-mode derivatives in x, blocks and bias. Sums are in float32 (float64 for float64).
 
-    On a TPU it is one kernel each way, for p and q that are multiples of 128: x, and dy, are read
-    once and y, or dx, written once, in their true order. No permutation is a pass of its own. Which
-    features a block has may follow from a permutation of these kinds, and within a block features
-    may stand in any order, for then the weights are permuted, which is exact:
+    On a TPU, one kernel each way reads x (and dy) and writes y (or dx) once. It needs float32 or
+    bfloat16, at least 128 rows on a device, p and q multiples of 128, blocks that fit on the chip,
+    and permutations of these kinds, which cost no pass of their own. Within a block, features may
+    stand in any order: the weights are permuted to match, which is exact.
 
         blocks stay where they are, or move as wholes
         whole tiles of 128 features move between blocks
         features of L blocks interleave, L a power of two up to 128 that divides K: in particular
         permute_inputs=Stride(K) and permute_outputs=Stride(q), the permutations of Monarch
 
-    Permuted weights are copied by XLA on their way in, and their gradient on its way out. Other
-    permutations, shapes that are no multiple of 128, and blocks too large for the chip are done by
-    XLA, which is said once. On a Hopper GPU kernels are had by name, until one has been measured: p
-    and q are multiples of 128 up to 512 or so, and permutations are passes over memory.
+    XLA copies permuted weights before the kernel, and their gradient after it. Other calls run in
+    XLA, with one warning. On a Hopper GPU, kernels must be requested by name, until one has been
+    measured: p and q are multiples of 128 up to 512 or so, and permutations are passes over memory.
 
     Args:
-      x: [..., K p], float32, bfloat16, float16 or float64.
+      x: [..., K p], no axis of 0; float32, bfloat16, float16 or float64.
       blocks: [K, p, q] in x's dtype.
       bias: [K q] in x's dtype, added in the outputs' final order.
       permute_inputs, permute_outputs: P_in of K p features and P_out of K q; None: none.

@@ -35,7 +35,7 @@ def block_sparse_matmul(
     given it), and one each the gradients of x and of the weights.
 
     Args:
-      x: [..., I], float32, bfloat16, float16 or float64.
+      x: [..., I], no axis of 0; float32, bfloat16, float16 or float64.
       blocks: [nnz, bi, bo] in x's dtype, the live blocks of B [I, O] in row-major order. A column
         of B without a live block is zero.
       mask: which blocks of B are live, [I / bi, O / bo].

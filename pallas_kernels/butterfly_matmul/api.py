@@ -36,15 +36,17 @@ def butterfly_matmul(
     neighbouring strides are multiplied with each other first, in float32, and then rounded to x's
     dtype: fewer and larger products of matrices. By XLA they make blocks of up to 32 features.
 
-    On a TPU it is one kernel each way: x is read and y written once. Factors of numbers become the
-    two of a Monarch matrix, for n of 256 to 16,384 that fits on the chip; the block form takes b or
-    128 / b a power of two in multiples of 128 lanes, and factors within 128 lanes become one. On a
-    Hopper GPU factors of numbers are a Monarch matrix too, for n of 256 to 32,768, by its kernels;
-    kernels for blocks, b 128 or 256, are had by name, until they have been measured. Other shapes
-    are done by XLA, said once.
+    On a TPU, one kernel each way reads x and writes y once. Scalar factors become the two factors
+    of a Monarch matrix, for n from 256 to 16,384. Block factors need b a power of two and n b a
+    multiple of 128; stages within 128 lanes are merged into one matrix. Both need float32 or
+    bfloat16, at least 128 rows on a device, and weights that fit on the chip. On a Hopper GPU,
+    scalar factors become a Monarch matrix too, for n from 256 to 32,768; kernels for block factors,
+    b 128 or 256, must be requested by name, until they have been measured. Other calls run in XLA,
+    with one warning.
 
     Args:
-      x: [..., n b], float32, bfloat16, float16, float64, complex64 or complex128; n a power of two.
+      x: [..., n b], no axis of 0, n a power of two; float32, bfloat16, float16, float64, complex64
+        or complex128.
       twiddle: [log2(n), n / 2, 2, 2] or [log2(n), n / 2, 2, 2, b, b] in x's dtype: stage, pair, row
         (output) and column (input) of the pair, row and column of the block.
       increasing: whether strides increase from the first factor applied to the last.

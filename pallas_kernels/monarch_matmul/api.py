@@ -40,16 +40,17 @@ def monarch_matmul(
     float32 (float64 for float64), gradients of the factors summed before they are rounded, but over
     devices where features are split (`split`).
 
-    On a TPU it is one kernel each way: x is read and y written once, in their true order, and z
-    stays on chip. Where blocks are so large that its way to memory costs no time, z is kept for the
-    backward pass, which has one product of five less to do; `jax.checkpoint` and its policies, for
-    which it is named "monarch_z", make it again. It takes p, q, r and s that are multiples of 128,
-    L a power of two, and weights that fit on the chip; other shapes are two batched products by
-    XLA, said once. On a Hopper GPU it is two kernels, z between them in memory, and a pass of XLA
-    that puts y in order; `gpu` says which shapes they take.
+    On a TPU, one kernel each way reads x and writes y once and keeps z on chip. It needs float32 or
+    bfloat16, at least 128 rows on a device, p, q, r and s multiples of 128, L a power of two up to
+    128, and weights that fit on the chip. Other calls run as two batched products in XLA, with one
+    warning. For large blocks the forward pass also saves z (M K q numbers, named "monarch_z" for
+    `jax.checkpoint` policies), which spares the backward pass one of its five products; that pass
+    may then be three kernels. On a Hopper GPU the forward pass is two kernels, with z in memory
+    between them, and an XLA pass that puts y in order; `gpu.unsupported` says which shapes they
+    take.
 
     Args:
-      x: [..., K p], float32, bfloat16, float16 or float64.
+      x: [..., K p], no axis of 0; float32, bfloat16, float16 or float64.
       right: [K, p, q] in x's dtype.
       left: [L, r, s] in x's dtype, L r = K q.
       bias: [L s] in x's dtype.
