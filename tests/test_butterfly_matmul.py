@@ -401,7 +401,7 @@ def all_equations(jaxpr):
     [
         (7, 0, 128, jnp.float32, "128 features, not 256 to 16384 of them"),
         (7, 3, 128, jnp.float32, "384 features in blocks of 3, no power of two"),
-        (8, 0, 127, jnp.float32, "127 rows, fewer than 128"),
+        (8, 0, 127, jnp.float32, "M = 127 rows, fewer than 128"),
         (4, 32, 127, jnp.float32, "M = 127 rows, fewer than 128"),
         (8, 0, 128, jnp.complex64, "dtype complex64"),
         (2, 1024, 128, jnp.float32, "MiB on chip"),

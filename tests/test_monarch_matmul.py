@@ -360,7 +360,7 @@ def test_x_is_read_and_y_written_once():
     [
         ((4, 64, 128, 4, 128, 128), 128, jnp.float32, "p = 64 of the blocks is no multiple of 128"),
         ((3, 128, 128, 3, 128, 128), 128, jnp.float32, "left has 3 blocks, no power of two"),
-        ((4, 128, 128, 4, 128, 128), 127, jnp.float32, "127 rows, fewer than 128"),
+        ((4, 128, 128, 4, 128, 128), 127, jnp.float32, "M = 127 rows, fewer than 128"),
         ((4, 128, 128, 4, 128, 128), 128, jnp.float16, "dtype float16"),
         ((2, 4096, 4096, 2, 4096, 4096), 128, jnp.bfloat16, "MiB on chip"),
         ((4, 128, 128, 4, 128, 128), 128, jnp.bfloat16, None),

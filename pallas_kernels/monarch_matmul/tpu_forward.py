@@ -105,9 +105,9 @@ def spread_all(words, y, plan: Plan):
         for row in range(0, plan.words, WORDS):
             at = pl.ds(row, WORDS)
             tiles = [words[at, tile(i * plan.s // LANES + group)] for i in range(plan.L)]
-            for i, spreaded in enumerate(spread(tiles)):
+            for i, joined in enumerate(spread(tiles)):
                 rows = pl.ds(row * plan.packed, WORDS * plan.packed)
-                y[rows, tile(group * plan.L + i)] = unpack(spreaded, y.dtype)
+                y[rows, tile(group * plan.L + i)] = unpack(joined, y.dtype)
 
 
 def put(words, lane, values, dtype):

@@ -195,7 +195,7 @@ def unsupported(plan: Plan, dtype: str) -> str | None:
     if plan.L > LANES or plan.L & (plan.L - 1):
         return f"left has {plan.L} blocks, no power of two up to {LANES}"
     if plan.rows > plan.M:
-        return f"{plan.M} rows, fewer than {LEAST_ROWS}"
+        return f"M = {plan.M} rows, fewer than {LEAST_ROWS}"
     if plan.kept and plan.transposed and not plan.sum_rows:
         return "a block of the gradients does not fit on the chip"
     if plan.vmem > plan.chip.planned:
