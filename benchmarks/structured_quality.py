@@ -11,21 +11,28 @@ a parameter and token, so that equal parameters are equal FLOPs and there is one
 two. Products of butterfly factors, of blocks of 5, have no such choice and are listed at the size
 they have.
 
-Runs of one kind differ in initial values and the order of the data; all else is the same for all,
-the learning rate too. CPU seconds are those of the process in the median step, all threads
-together, which a loaded machine changes less than the time on the wall.
+Two factors of low rank start as the leading parts of a matrix as a dense layer starts with, the
+other structured layers as their authors draw them. The root mean square of the numbers of all
+replaced matrices at the start, zeros among them, is recorded for each (`initial_std`).
+
+`--only` trains some and takes the others from the file of `--json`, which says of each what it was
+measured on. Runs of one kind differ in initial values and the order of the data; all else is the
+same for all, the learning rate too. CPU seconds are those of the process in the median step, all
+threads together, which a loaded machine changes less than the time on the wall.
 """
 
 import argparse
 import collections
 import json
+import os
 import re
 
 import jax
 import numpy as np
 
 from benchmarks.records import record
-from benchmarks.small_runs import host_config, run_phase
+from benchmarks.small_runs import DEPTH, host_config, run_phase
+from configs import common
 from efficient import model as model_lib
 from efficient.training.evaluation import Evaluator, bits_per_byte_baseline
 from efficient.training.run import Run
@@ -65,14 +72,35 @@ def variants(host: str, steps: int):
     for fraction, techniques in VARIANTS.items():
         yield "narrow", fraction, of(NARROW[fraction], [])
         for name, (use, attention, feed_forward) in techniques.items():
-            rules = [
-                {"at": ATTENTION, "use": use, "bias": True, **attention},
-                {"at": FEED_FORWARD, "use": use, "bias": True, **feed_forward},
-            ]
-            yield name, fraction, of(WIDTH, rules)
+            yield name, fraction, of(WIDTH, replaced(host, use, attention, feed_forward))
     butterfly = {"use": "butterfly", "block": 5, "pad": True, "bias": True}
     rules = [{"at": f"{ATTENTION}|{FEED_FORWARD}", **butterfly}]
     yield "butterfly", None, of(WIDTH, rules)
+
+
+def replaced(host: str, use: str, attention: dict, feed_forward: dict) -> list[dict]:
+    """Rules of a technique for both kinds of layers."""
+    if use == "low_rank" and host == "lm":
+        sizes = (ATTENTION, attention["rank"]), (FEED_FORWARD, feed_forward["rank"])
+        return [r for at, rank in sizes for r in common.gpt2_low_rank(at, rank, DEPTH)]
+    # Dense layers of the digits' host have a variance of 1 / fan-in, as `spectral` has by default.
+    more = {"init": "spectral"} if use == "low_rank" else {}
+    return [
+        {"at": ATTENTION, "use": use, "bias": True, **attention, **more},
+        {"at": FEED_FORWARD, "use": use, "bias": True, **feed_forward, **more},
+    ]
+
+
+def initial_std(config) -> float:
+    """Root mean square over the matrices of attention and feed-forward, as they start."""
+    base = Run(config, jax.devices()[:1]).base
+    model = model_lib.bind(base, model_lib.init(base, jax.random.key(0)))
+    squares = numbers = 0.0
+    for path, layer in model_lib.modules(model):
+        if LAYERS.fullmatch(f"{path}/kernel"):
+            matrix = np.asarray(layer.materialize())
+            squares, numbers = squares + np.sum(matrix**2), numbers + matrix.size
+    return float(np.sqrt(squares / numbers))
 
 
 def train(config, seeds: int):
@@ -126,6 +154,20 @@ def summary(records: list[dict], metric: str) -> list[dict]:
     return rows
 
 
+def kept(path: str, again: set[str]) -> tuple[list[dict], list[dict]]:
+    """Of an earlier record, the runs of variants that are not run again, and their origins."""
+    with open(path, encoding="utf-8") as file:
+        found = json.load(file)
+    runs = [r for r in found.pop("runs") if r["variant"] not in again]
+    about = {k: found[k] for k in ("command", "date", "device", "versions", "python")}
+    earlier = found.get("kept", [])
+    others = {r["variant"] for r in runs} - {v for entry in earlier for v in entry["variants"]}
+    origins = [*earlier, {**about, "variants": sorted(others)}]
+    for entry in origins:
+        entry["variants"] = [v for v in entry["variants"] if v not in again]
+    return runs, [entry for entry in origins if entry["variants"]]
+
+
 def plot(rows: list[dict], metric: str, path: str) -> None:
     """The metric against parameters, FLOPs and CPU seconds, a line a technique."""
     import matplotlib
@@ -168,7 +210,8 @@ def main() -> None:
     parser.add_argument("--plot")
     arguments = parser.parse_args()
     metric = "bits_per_byte" if arguments.host == "lm" else "loss"
-    chosen = list(variants(arguments.host, arguments.steps))
+    everything = list(variants(arguments.host, arguments.steps))
+    chosen = everything
     if arguments.only:
         wanted = arguments.only.split(",")
         unknown = set(wanted) - {name for name, _, _ in chosen}
@@ -177,7 +220,9 @@ def main() -> None:
                 f"--only {min(unknown)}: it is one of {', '.join(n for n, _, _ in chosen)}"
             )
         chosen = [entry for entry in chosen if entry[0] in wanted]
-    records = []
+    records, origins = [], []
+    if arguments.only and arguments.json and os.path.exists(arguments.json):
+        records, origins = kept(arguments.json, {name for name, _, _ in chosen})
     for name, fraction, config in chosen:
         for found in train(config, arguments.seeds):
             records.append({"variant": name, "fraction": fraction, **found})
@@ -185,12 +230,17 @@ def main() -> None:
             print(f"{name:<13} {fraction or '':<6} seed {found['seed']}"
                   f"  {metric} {found[metric]:.4f}  {cost}", flush=True)  # fmt: skip
         jax.clear_caches()
+    order = {(name, fraction): i for i, (name, fraction, _) in enumerate(everything)}
+    records.sort(key=lambda r: order[r["variant"], r["fraction"]])
     rows = summary(records, metric)
+    starts = {(name, fraction): initial_std(config) for name, fraction, config in everything}
     for row in rows:
+        row["initial_std"] = starts[row["variant"], row["fraction"]]
         print(json.dumps(row))
     if arguments.json:
         command = f"--host {arguments.host} --seeds {arguments.seeds} --steps {arguments.steps}"
-        record(arguments.json, f"python -m benchmarks.structured_quality {command}",
+        command += f" --only {arguments.only}" if arguments.only else ""
+        record(arguments.json, f"python -m benchmarks.structured_quality {command}", kept=origins,
                metric=metric, summary=rows, runs=records)  # fmt: skip
     if arguments.plot:
         plot(rows, metric, arguments.plot)

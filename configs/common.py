@@ -104,16 +104,40 @@ NORMS = r"(.*/)?(mixer|channel|final)(_out)?_norm"
 NO_DECAY = {"at": r".*(bias|scale|norm/.*|position/.*)", "weight_decay": 0.0}
 
 
+# The layers of a block that write to the residual stream, and their initial standard deviation.
+OUTPUTS = r"blocks/\d+/(mixer/out|channel/down)"
+
+
+def output_std(depth: int) -> float:
+    """GPT-2's, of the matrices of `OUTPUTS`; the others have 0.02."""
+    return 0.02 / (2 * depth) ** 0.5
+
+
 def gpt2(width: int, depth: int, heads: int, *, hidden: int | None = None) -> list[dict]:
     """Rules of GPT-2's shape: layer norm, learned positions, biases, GELU, scaled output init."""
-    out_std = 0.02 / (2 * depth) ** 0.5
     return [
         {"at": "position", "use": "learned", "init_std": 0.01},
         {"at": r"blocks/\d+/mixer", "use": "attention", "heads": heads, "bias": True},
         {"at": r"blocks/\d+/channel", "use": "mlp", "hidden": hidden or 4 * width, "bias": True},
-        {"at": r"blocks/\d+/(mixer/out|channel/down)", "use": "dense", "init_std": out_std},
+        {"at": OUTPUTS, "use": "dense", "init_std": output_std(depth)},
         {"at": r"blocks/.*", "use": "dense", "init_std": 0.02},
         {"at": NORMS, "use": "layer_norm"},
+    ]
+
+
+def gpt2_low_rank(at: str, rank: int, depth: int, init: str = "spectral") -> list[dict]:
+    """Rules to put before those of `gpt2`: two factors, whose matrix starts at its deviation.
+
+    With `normal` the product of the factors has it; `spectral` cuts a matrix that has it.
+    """
+    low = {"use": "low_rank", "rank": rank, "init": init, "bias": True}
+
+    def std(matrix: float) -> float:
+        return (matrix / rank**0.5) ** 0.5 if init == "normal" else matrix
+
+    return [
+        {"at": f"(?={OUTPUTS}$)({at})", **low, "init_std": std(output_std(depth))},
+        {"at": at, **low, "init_std": std(0.02)},
     ]
 
 
