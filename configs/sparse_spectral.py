@@ -2,7 +2,8 @@
 
 At a twelfth of the width as rank, the share of the paper's OPT-125M. Iterations have 25 steps and
 so a round 300 (the paper: 200, and its runs are longer). mode=low_rank has two factors of the same
-rank instead, mode=dense whole matrices, both with AdamW.
+rank instead, the leading parts of a matrix as dense layers start with, mode=dense whole matrices,
+both with AdamW.
 
 Command: python train.py --config=configs/sparse_spectral.py --workdir=runs/sparse_spectral
 Others: ...=configs/sparse_spectral.py:mode=low_rank and :mode=dense; rank=32 and so on.
@@ -26,10 +27,8 @@ def get_config(arg=None):
     # So that a smoke run's six steps have a whole round, of two iterations.
     rank = arg.rank or config.model.width // (2 if arg.smoke else 12)
     if arg.mode == "low_rank":
-        config.rules = [
-            {"at": LAYERS, "use": "low_rank", "rank": rank, "bias": True},
-            *config.rules,
-        ]
+        low = common.gpt2_low_rank(LAYERS, rank, config.model.depth)
+        config.rules = [*low, *config.rules]
     if arg.mode == "sparse":
         sparse = {"at": LAYERS, "use": "sparse_spectral", "init_std": 0.02, "bias": True}
         config.rules = [sparse, *config.rules]

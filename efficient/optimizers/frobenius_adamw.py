@@ -63,29 +63,41 @@ def frobenius_adamw(
     eps: float = 1e-8,
     weight_decay: float | Schedule = 0.0,
     frobenius_decay: float | Schedule = 0.1,
+    factor_decay: float | Schedule = 0.0,
 ) -> optax.GradientTransformation:
     """AdamW whose decay of factors is that of their product.
 
     Args:
       weight_decay: of all arrays but the factors of low-rank layers.
-      frobenius_decay: of the factors.
+      frobenius_decay: of the factors, by the norm of their product.
+      factor_decay: of the factors, by their own norms: the weight decay to compare with, at a rate
+        of its own.
     """
-    numbers = {"weight_decay": weight_decay, "frobenius_decay": frobenius_decay}
+    numbers = {
+        "weight_decay": weight_decay,
+        "frobenius_decay": frobenius_decay,
+        "factor_decay": factor_decay,
+    }
     check_numbers(b1=b1, b2=b2, **numbers)
 
-    def others(params):
-        factors = {f"{head}/{n}" for head in factor_pairs(params) for n in ("down", "up")}
-        if not factors:
+    def factors(params):
+        found = {f"{head}/{n}" for head in factor_pairs(params) for n in ("down", "up")}
+        if not found:
             raise UserError(
                 "frobenius_adamw: no trained layer has the factors `down` and `up`; give layers"
                 " use='low_rank', or take adamw"
             )
-        return {p: decays and p not in factors for p, decays in decay_mask(params).items()}
+        return {p: decays and p in found for p, decays in decay_mask(params).items()}
 
-    def build(b1, b2, weight_decay, frobenius_decay):
+    def others(params):
+        own = factors(params)
+        return {p: decays and not own[p] for p, decays in decay_mask(params).items()}
+
+    def build(b1, b2, weight_decay, frobenius_decay, factor_decay):
         return optax.chain(
             optax.scale_by_adam(b1, b2, eps),
             optax.add_decayed_weights(weight_decay, others),
+            optax.add_decayed_weights(factor_decay, factors),
             add_frobenius_decay(frobenius_decay, decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )

@@ -1,5 +1,7 @@
 """Low-rank training: spectral initialization, both decays, the cut after a full-rank warm-up."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,8 +121,20 @@ def test_optimizer_against_a_loop():
         np.testing.assert_allclose(params[path], wanted, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.parametrize("factor_decay", [0.1, 0.4])
+def test_decay_of_factors_alone(factor_decay):
+    """AdamW's where both rates are equal; another rate changes the factors and nothing else."""
+    rates = {"weight_decay": 0.1, "frobenius_decay": 0.0, "factor_decay": factor_decay}
+    split = registry.find("frobenius_adamw", "optimizer").build(0.02, decay_mask, **rates)
+    plain = registry.find("adamw", "optimizer").build(0.02, decay_mask, weight_decay=0.1)
+    found, wanted = (t.update(draw(1), t.init(draw(0)), draw(0))[0] for t in (split, plain))
+    for path, value in draw(0).items():
+        more = (factor_decay - 0.1) * path.endswith(("/down", "/up"))
+        np.testing.assert_allclose(found[path], wanted[path] - 0.02 * more * value, atol=1e-6)
+
+
 def test_exempt_factors_are_left_alone():
-    rates = {"frobenius_decay": 0.3}
+    rates = {"frobenius_decay": 0.3, "factor_decay": 0.2}
     build = registry.find("frobenius_adamw", "optimizer").build
     zeros = {path: np.zeros_like(a) for path, a in draw(0).items()}
     exempt = build(0.02, lambda params: {p: "down" not in p for p in params}, **rates)
@@ -212,12 +226,42 @@ def test_config_has_one_argument_a_choice():
     base = study_config.get_config()
     assert base.rules[0]["init"] == "spectral" and len(base.phases) == 1
     assert base.phases[0]["optimizer"]["name"] == "frobenius_adamw"
-    plain = study_config.get_config("init=normal,decay=weight").phases[0]["optimizer"]
-    assert plain["name"] == "adamw" and plain["weight_decay"] == 0.1
+    for decay in ("frobenius", "weight"):
+        config = study_config.get_config(f"decay={decay},decay_rate=3")
+        found = config.phases[0]["optimizer"]
+        rates = {
+            k: found[k] for k in ("weight_decay", "frobenius_decay", "factor_decay") if found[k]
+        }
+        assert rates == {"weight_decay": 0.1, study_config.DECAYS[decay]: 3.0}
     first, second = study_config.get_config("warmup=0.25,steps=400").phases
     assert (first["steps"], second["steps"]) == (100, 300)
     assert first["optimizer"]["name"] == "adamw" and second["surgery"][0]["rank"] == 48
     assert len(study_config.get_config("dense").phases) == 1
-    for wrong in ("init=spectal", "decay=frob", "warmup=1.0"):
-        with pytest.raises(UserError, match=wrong.split("=")[0]):
+    for wrong in ("init=spectal", "decay=frob", "warmup=1.0", "init=normal,warmup=0.5"):
+        with pytest.raises(UserError, match=wrong.split("=")[0]) as error:
             study_config.get_config(wrong)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("init", study_config.INITS)
+def test_matrices_start_as_dense_ones(init):
+    """The deviation of GPT-2's matrices, smaller in those that write to the residual stream."""
+    config = study_config.get_config(f"init={init},share=0.5")
+    found = {}
+    for path in ("mixer/q", "mixer/out", "channel/up", "channel/down"):
+        rule = next(r for r in config.rules if re.fullmatch(r["at"], f"blocks/0/{path}"))
+        arguments = {k: v for k, v in rule.items() if k not in ("at", "use")}
+        shape = {"channel/up": (192, 768), "channel/down": (768, 192)}.get(path, (192, 192))
+        values = model_lib.init(LowRank(Scope(Rules(), path), *shape, False, **arguments),
+                                jax.random.key(0))  # fmt: skip
+        matrix = np.float64(values["down"]) @ np.float64(values["up"])
+        std = {"out": 0.02 / 8**0.5, "down": 0.02 / 8**0.5}.get(path.split("/")[1], 0.02)
+        found[path] = np.linalg.svd(matrix, compute_uv=False), std * np.sqrt(matrix.size)
+    for path, (singular, norm) in found.items():
+        if init == "normal":
+            np.testing.assert_allclose(np.linalg.norm(singular), norm, rtol=0.05, err_msg=path)
+        elif init == "spectral":
+            # Half the singular values of a matrix of that norm: more than half of its square.
+            assert 0.7 * norm < np.linalg.norm(singular) < norm, path
+        else:
+            np.testing.assert_allclose(singular[:96], 1.0, atol=1e-4, err_msg=path)

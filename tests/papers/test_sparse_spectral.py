@@ -367,4 +367,6 @@ def test_config_trains_the_same_shapes():
     assert all(rule["use"] != "sparse_spectral" for rule in dense.rules)
     low = spectral_config.get_config("mode=low_rank")
     assert low.rules[0]["rank"] == spectral_config.get_config().phases[0]["optimizer"]["rank"]
+    assert [rule["init_std"] for rule in low.rules[:2]] == [0.02 / 8**0.5, 0.02]
+    assert low.rules[0]["init"] == low.rules[1]["init"] == "spectral"
     assert SingularValues(4, 4, 0.5)(None, (4,), jnp.float32).shape == (4,)
