@@ -113,6 +113,35 @@ def test_every_linear_has_a_row():
     )
 
 
+@pytest.mark.parametrize("factor", [None, 0.3])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("dense", {}),
+        ("block_sparse", {"block": 16, "density": 0.5}),
+        ("butterfly", {"block": 8}),
+        ("butterfly", {"block": 4, "products": 2}),
+        ("monarch", {"blocks": 4}),
+        ("monarch", {"blocks": 16}),
+        ("pixelfly", {"block": 16, "density": 0.25}),
+        ("pixelfly", {"block": 16, "size": 8, "factors": 1, "rank": 0}),
+        ("sparse_spectral", {}),
+        ("tensor_train", {"rank": 32}),
+    ],
+)
+def test_init_std_is_the_root_mean_square_of_the_matrix(name, arguments, factor):
+    """And without it the default that the docstring names, times 256^1/2; of 8 draws."""
+    default = {"monarch": 1 / 3, "block_sparse": 3**-0.5}.get(name, 1.0)
+    if name == "pixelfly":
+        default = 3**-0.5 if arguments.get("rank") == 0 else 1 / 3
+    std = (factor or default) / 16
+    given = {} if factor is None else {"init_std": std}
+    technique = registry.find(name, "linear")
+    module = technique.build(Scope(Rules(), "linear"), 256, 512, False, **arguments, **given)
+    draws = [bind(module, init(module, jax.random.key(i))).materialize() for i in range(8)]
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(draws))), std, rtol=0.05)
+
+
 @EVERY
 def test_value_is_that_of_the_materialized_matrix(name, arguments, bias):
     module = build(name, arguments, bias)

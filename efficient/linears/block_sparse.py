@@ -33,15 +33,17 @@ class LiveUniform:
     """Uniform, of variance 1 / (3 fan-in), where fan-in counts the live inputs of a column.
 
     PyTorch's default for a dense layer, which the authors of Pixelfly widen by the square root of
-    all blocks over live ones.
+    all blocks over live ones. The matrix, its zeros among its numbers, has a mean square of
+    `scale`^2 / (3 I) in every column with a live block.
     """
 
     mask: BlockMask
+    scale: float = 1.0
 
     def __call__(self, key: Array, shape: tuple[int, ...], dtype) -> Array:
         fan_in = shape[-2] * np.maximum(1, self.mask.live.sum(0))[self.mask.live.nonzero()[1]]
         drawn = jax.random.uniform(key, shape, dtype, -1.0, 1.0)
-        return drawn * jnp.asarray(fan_in**-0.5, dtype)[:, None, None]
+        return drawn * jnp.asarray(self.scale * fan_in**-0.5, dtype)[:, None, None]
 
 
 def check_divides(technique: str, in_features: int, out_features: int, name: str, value: int):
@@ -98,6 +100,8 @@ class BlockSparse(nnx.Module):
       density: live blocks over all.
       block: rows and columns of a block; divides inputs and outputs.
       seed: of the places.
+      init_std: root mean square of the matrix' numbers at the start, zeros among them, in columns
+        with a live block; None: 1 / sqrt(3 I).
       bias: overrides what the host asks for.
     """
 
@@ -114,6 +118,7 @@ class BlockSparse(nnx.Module):
         density: float = 0.25,
         block: int = 32,
         seed: int = 0,
+        init_std: float | None = None,
         bias: bool | None = None,
     ):
         del scope
@@ -121,7 +126,8 @@ class BlockSparse(nnx.Module):
         if not 0 < density <= 1:
             raise UserError(f"block_sparse: density={density} must be above 0 and at most 1")
         self.mask = random_mask(*shape, float(density), seed)
-        self.blocks = param((self.mask.count, block, block), LiveUniform(self.mask))
+        scale = 1.0 if init_std is None else init_std * (3 * in_features) ** 0.5
+        self.blocks = param((self.mask.count, block, block), LiveUniform(self.mask, scale))
         use_bias = use_bias if bias is None else bias
         self.bias = param((out_features,), ZEROS) if use_bias else None
 

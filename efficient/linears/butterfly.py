@@ -42,6 +42,7 @@ class Butterfly(nnx.Module):
         strides.
       pad: allow I that is not b times a power of two (at least 2), and O that is no multiple of
         that: zeros are appended, outputs cut.
+      init_std: root mean square of the matrix' numbers at the start; None: 1 / sqrt(I), I padded.
       bias: overrides what the host asks for.
     """
 
@@ -58,6 +59,7 @@ class Butterfly(nnx.Module):
         increasing: bool = True,
         products: int = 1,
         pad: bool = False,
+        init_std: float | None = None,
         bias: bool | None = None,
     ):
         del scope
@@ -77,7 +79,10 @@ class Butterfly(nnx.Module):
         blocks = (block, block) if block > 1 else ()
         shape = (stacks, products, stages, 2 ** (stages - 1), 2, 2, *blocks)
         # Variance 1 / 2 of a scalar entry, as the authors' default: a factor keeps the variance.
-        self.twiddle = param(shape, Normal((2 * block) ** -0.5))
+        scale = 1.0
+        if init_std is not None:
+            scale = (init_std * width**0.5) ** (1 / (stages * products))
+        self.twiddle = param(shape, Normal(scale * (2 * block) ** -0.5))
         use_bias = use_bias if bias is None else bias
         self.bias = param((out_features,), ZEROS) if use_bias else None
 

@@ -193,6 +193,8 @@ class Monarch(nnx.Module):
       split: what a device works with where a mesh splits features. "rows": all of both factors,
         applied to its own rows. "features": a share of the factors and of the features, with some
         features exchanged; better for few rows, as in decoding.
+      init_std: root mean square of the matrix' numbers at the start; None: as in the reference,
+        1 / (3 sqrt(I)) where min(I, O) is a multiple of blocks^2.
       bias: overrides what the host asks for.
     """
 
@@ -207,6 +209,7 @@ class Monarch(nnx.Module):
         *,
         blocks: int = 4,
         split: Literal["rows", "features"] = "rows",
+        init_std: float | None = None,
         bias: bool | None = None,
     ):
         if split not in ("rows", "features"):
@@ -214,9 +217,12 @@ class Monarch(nnx.Module):
         self.name, self.by_rows = scope.name, split == "rows"
         self.in_features, self.out_features, self.blocks = in_features, out_features, blocks
         right, left = monarch_shapes(in_features, out_features, blocks)
-        # PyTorch's default for a linear layer, factor by factor, as in the reference.
-        self.right = param(right, Uniform(right[1] ** -0.5))
-        self.left = param(left, Uniform(left[1] ** -0.5))
+        # PyTorch's default for a linear layer, factor by factor, as in the reference. Of the inner
+        # features each block of inputs and of outputs share q / b, in the mean, whose products
+        # have a variance of 1 / (9 p q).
+        scale = 1.0 if init_std is None else (3 * init_std * (right[0] * right[1]) ** 0.5) ** 0.5
+        self.right = param(right, Uniform(scale * right[1] ** -0.5))
+        self.left = param(left, Uniform(scale * left[1] ** -0.5))
         use_bias = use_bias if bias is None else bias
         self.bias = param((out_features,), ZEROS) if use_bias else None
 

@@ -183,6 +183,8 @@ class Pixelfly(nnx.Module):
       low_rank_share: of the density, at least, for the low-rank term.
       size, factors: of the butterfly, together; by default the densest within the budget.
       rank: r; by default what the budget leaves. 0: no low-rank term and no gamma.
+      init_std: root mean square of the matrix' numbers at the start, zeros among them; None: as in
+        the code, 1 / (3 sqrt(I)) with a low-rank term and 1 / sqrt(3 I) without.
       bias: overrides what the host asks for.
     """
 
@@ -202,6 +204,7 @@ class Pixelfly(nnx.Module):
         size: int | None = None,
         factors: int | None = None,
         rank: int | None = None,
+        init_std: float | None = None,
         bias: bool | None = None,
     ):
         del scope
@@ -209,9 +212,14 @@ class Pixelfly(nnx.Module):
         self.mask, rank = _plan(
             in_features, out_features, grid, density, low_rank_share, (size, factors), rank
         )
-        self.blocks = param((self.mask.count, block, block), LiveUniform(self.mask))
-        self.u = param((in_features, rank), Uniform(in_features**-0.5)) if rank else None
-        self.v = param((rank, out_features), Uniform(rank**-0.5)) if rank else None
+        # Mean squares of 1 / (3 I) and, of U V, 1 / (9 I); with gamma at 1/2 of both 1 / (9 I).
+        scale = 1.0
+        if init_std is not None:
+            scale = init_std * ((9 if rank else 3) * in_features) ** 0.5
+        self.blocks = param((self.mask.count, block, block), LiveUniform(self.mask, scale))
+        u, v = (Uniform(scale**0.5 * n**-0.5) for n in (in_features, rank or 1))
+        self.u = param((in_features, rank), u) if rank else None
+        self.v = param((rank, out_features), v) if rank else None
         self.gamma = param((), Constant(0.5)) if rank else None
         use_bias = use_bias if bias is None else bias
         self.bias = param((out_features,), ZEROS) if use_bias else None
