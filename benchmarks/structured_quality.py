@@ -11,9 +11,11 @@ a parameter and token, so that equal parameters are equal FLOPs and there is one
 two. Products of butterfly factors, of blocks of 5, have no such choice and are listed at the size
 they have.
 
-Two factors of low rank start as the leading parts of a matrix as a dense layer starts with, the
-other structured layers as their authors draw them. The root mean square of the numbers of all
-replaced matrices at the start, zeros among them, is recorded for each (`initial_std`).
+Two factors of low rank start as the leading parts of a matrix as a dense layer starts with, and
+butterflies as large as one; by their usual draws, which keep the variance of features, both start
+four times above the language model's dense layers. The others start as their authors draw them. The
+root mean square of the numbers of all replaced matrices at the start, zeros among them, is recorded
+for each (`initial_std`).
 
 `--only` trains some and takes the others from the file of `--json`, which says of each what it was
 measured on. Runs of one kind differ in initial values and the order of the data; all else is the
@@ -75,6 +77,9 @@ def variants(host: str, steps: int):
             yield name, fraction, of(WIDTH, replaced(host, use, attention, feed_forward))
     butterfly = {"use": "butterfly", "block": 5, "pad": True, "bias": True}
     rules = [{"at": f"{ATTENTION}|{FEED_FORWARD}", **butterfly}]
+    if host == "lm":
+        outputs = {"at": common.OUTPUTS, **butterfly, "init_std": common.output_std(DEPTH)}
+        rules = [outputs, {**rules[0], "init_std": 0.02}]
     yield "butterfly", None, of(WIDTH, rules)
 
 
