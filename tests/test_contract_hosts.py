@@ -197,11 +197,10 @@ class Operated:
 
 
 operated = functools.cache(Operated)
-# `make test-slow` has surgeries in a ViT too, whose linears are much as in the decoder.
-OPERATED = pytest.mark.parametrize("host", [pytest.param("vit", marks=pytest.mark.slow), "mixer"])
 
 
-@OPERATED
+@pytest.mark.slow
+@pytest.mark.parametrize("host", HOSTS)
 def test_surgeries_keep_the_function(host):
     found = operated(host)
     difference = float(jnp.abs(found.kept - found.before).max() / jnp.abs(found.before).max())
@@ -209,7 +208,8 @@ def test_surgeries_keep_the_function(host):
 
 
 @pytest.mark.parametrize("name", [name for name in SURGERIES if name not in INFERENCE])
-@OPERATED
+@pytest.mark.slow
+@pytest.mark.parametrize("host", HOSTS)
 def test_operated_linear_is_trained(host, name):
     found = operated(host)
     silent = ".*(" + "|".join(UNTIL_ANOTHER_MOVES) + ")" if keeps(name) else ""

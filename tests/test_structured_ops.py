@@ -103,8 +103,10 @@ def products(jaxpr):
     return found
 
 
-@every_op
-@pytest.mark.parametrize("setting", [None, "highest", "high"])
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [*((name, "high") for name in OPS), ("monarch", "highest"), ("monarch", None)],
+)
 def test_precision_of_kernels_under_a_setting_of_all_products(name, setting):
     """Mosaic has one pass and the highest, the latter for float32 alone."""
     default, highest = ((p, p) for p in (jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST))
