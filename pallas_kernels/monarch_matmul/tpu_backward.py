@@ -5,8 +5,8 @@ pass, which costs M K q elements of memory, and of traffic both ways: `tpu_plan.
 
 Gradients of the factors are added up on chip in float32, by core, in the order of features of
 `tpu_weights`, and put into their true order in the last step. There a chip of one core rounds them,
-since nothing is to be added: one pass of the matrix unit for the order, not three, and half the
-bytes, which no cast has to read again.
+since nothing is to be added: one pass of the matrix unit for the order of rows, not three, and half
+the bytes, which no cast has to read again.
 """
 
 from jax.experimental import pallas as pl
