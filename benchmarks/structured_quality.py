@@ -11,37 +11,54 @@ a parameter and token, so that equal parameters are equal FLOPs and there is one
 two. Products of butterfly factors, of blocks of 5, have no such choice and are listed at the size
 they have.
 
-Two factors of low rank start as the leading parts of a matrix as a dense layer starts with, and
-butterflies as large as one; by their usual draws, which keep the variance of features, both start
-four times above the language model's dense layers. The others start as their authors draw them. The
-root mean square of the numbers of all replaced matrices at the start, zeros among them, is recorded
-for each (`initial_std`).
+All matrices start as large as a dense layer's, by the root mean square of their numbers, zeros
+among them (`initial_std` in the record); those of low rank as the leading parts of one, which is
+less. The learning rate is each variant's own: on two seeds its peak is doubled, or else halved, for
+as long as that is better on held-out examples, and the other seeds are run at the best.
 
 `--only` trains some and takes the others from the file of `--json`, which says of each what it was
-measured on. Runs of one kind differ in initial values and the order of the data; all else is the
-same for all, the learning rate too. CPU seconds are those of the process in the median step, all
+measured on. Runs of one kind differ in initial values and the order of the data; all else but the
+learning rate is the same for all. CPU seconds are those of the process in the median step, all
 threads together, which a loaded machine changes less than the time on the wall.
 """
 
 import argparse
 import collections
+import copy
 import json
 import os
 import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from benchmarks.records import record
-from benchmarks.small_runs import DEPTH, host_config, run_phase
+from benchmarks.small_runs import DEPTH, PEAK, host_config, run_phase, with_schedule
 from configs import common
 from efficient import model as model_lib
 from efficient.training.evaluation import Evaluator, bits_per_byte_baseline
 from efficient.training.run import Run
 
 WIDTH = 160
-ATTENTION, FEED_FORWARD = r"(.*/)?blocks/\d+/mixer/(q|k|v|out)", r"(.*/)?blocks/\d+/channel/.*"
 LAYERS = re.compile(r"(.*/)?blocks/[\d-]+/(mixer/(q|k|v|out)|channel/(up|down))/(?!bias).*")
+# What a host's dense layers start at: the language model's as `common.gpt2` has them, the others
+# with a variance of 1 / fan-in.
+OUTPUTS = common.output_std(DEPTH)
+STARTS = {
+    "lm": {
+        "mixer/(q|k|v)": 0.02,
+        "mixer/out": OUTPUTS,
+        "channel/up": 0.02,
+        "channel/down": OUTPUTS,
+    },
+    "digits": {
+        "mixer/(q|k|v|out)": WIDTH**-0.5,
+        "channel/up": WIDTH**-0.5,
+        "channel/down": (4 * WIDTH) ** -0.5,
+    },
+}
+SEARCH_SEEDS = 2
 # Fraction of the parameters -> (technique, arguments for D x D, and for D x 4 D and 4 D x D).
 VARIANTS = {
     1 / 4: {
@@ -75,25 +92,44 @@ def variants(host: str, steps: int):
         yield "narrow", fraction, of(NARROW[fraction], [])
         for name, (use, attention, feed_forward) in techniques.items():
             yield name, fraction, of(WIDTH, replaced(host, use, attention, feed_forward))
-    butterfly = {"use": "butterfly", "block": 5, "pad": True, "bias": True}
-    rules = [{"at": f"{ATTENTION}|{FEED_FORWARD}", **butterfly}]
-    if host == "lm":
-        outputs = {"at": common.OUTPUTS, **butterfly, "init_std": common.output_std(DEPTH)}
-        rules = [outputs, {**rules[0], "init_std": 0.02}]
-    yield "butterfly", None, of(WIDTH, rules)
+    sizes = {"block": 5, "pad": True}
+    yield "butterfly", None, of(WIDTH, replaced(host, "butterfly", sizes, sizes))
 
 
 def replaced(host: str, use: str, attention: dict, feed_forward: dict) -> list[dict]:
-    """Rules of a technique for both kinds of layers."""
-    if use == "low_rank" and host == "lm":
-        sizes = (ATTENTION, attention["rank"]), (FEED_FORWARD, feed_forward["rank"])
-        return [r for at, rank in sizes for r in common.gpt2_low_rank(at, rank, DEPTH)]
-    # Dense layers of the digits' host have a variance of 1 / fan-in, as `spectral` has by default.
+    """Rules of a technique for both kinds of layers; matrices start as large as dense ones."""
     more = {"init": "spectral"} if use == "low_rank" else {}
+    sizes = {"mixer": attention, "channel": feed_forward}
     return [
-        {"at": ATTENTION, "use": use, "bias": True, **attention, **more},
-        {"at": FEED_FORWARD, "use": use, "bias": True, **feed_forward, **more},
+        {"at": rf"(.*/)?blocks/\d+/{where}", "use": use, "bias": True, "init_std": std}
+        | sizes[where.split("/")[0]]
+        | more
+        for where, std in STARTS[host].items()
     ]
+
+
+def at_rate(config, peak: float):
+    """The config with this peak of the learning rate."""
+    config = copy.deepcopy(config)
+    (phase,) = config.phases
+    schedule = {**phase["optimizer"]["learning_rate"], "peak": peak}
+    config.phases = [with_schedule(phase, schedule)]
+    return config
+
+
+def best_rate(measure, start: float = PEAK) -> float:
+    """The least measured of `start` and its doubles or halves: its neighbours are worse."""
+    found = {start: measure(start)}
+    for factor in (2.0, 0.5):
+        rate = start
+        while True:
+            found[rate * factor] = measure(rate * factor)
+            if not found[rate * factor] < found[rate]:  # nor where it diverges
+                break
+            rate *= factor
+        if rate != start:
+            break
+    return rate
 
 
 def initial_std(config) -> float:
@@ -108,7 +144,7 @@ def initial_std(config) -> float:
     return float(np.sqrt(squares / numbers))
 
 
-def train(config, seeds: int):
+def train(config, seeds: Sequence[int]):
     """For each seed the held-out metrics after the run, and what it cost.
 
     One program serves all seeds: nothing in its steps is random.
@@ -121,11 +157,12 @@ def train(config, seeds: int):
     about["parameters"] = sum(counts.values())
     about["layer_parameters"] = sum(n for path, n in counts.items() if LAYERS.fullmatch(path))
     about["flops_a_step"] = run.flops(phase)
-    for seed in range(seeds):
+    for seed in seeds:
         run.init_key = jax.random.key(seed)
         state, metrics, seconds = run_phase(run, phase, run.start(), seed)
         yield {
             "seed": seed,
+            "rate": phase.config["optimizer"]["learning_rate"]["peak"],
             **about,
             "cpu_seconds_a_step": float(np.median(seconds[2:])),
             "train_loss": metrics["loss"],
@@ -133,13 +170,35 @@ def train(config, seeds: int):
         }
 
 
+def search(config, metric: str, seeds: int, label: str) -> list[dict]:
+    """What `train` gives at the best learning rate for all seeds, and at others for the first."""
+    records, first = [], range(min(SEARCH_SEEDS, seeds))
+
+    def measure(rate, seeds=first):
+        found = []
+        for run in train(at_rate(config, rate), seeds):
+            found.append(run)
+            cost = f"{run['cpu_seconds_a_step'] * 1e3:.0f} ms"
+            print(f"{label} rate {rate:g}  seed {run['seed']}  {metric} {run[metric]:.4f}  {cost}",
+                  flush=True)  # fmt: skip
+        records.extend(found)
+        return float(np.mean([run[metric] for run in found]))
+
+    best = best_rate(measure)
+    if seeds > len(first):
+        measure(best, range(len(first), seeds))
+    return records
+
+
 def summary(records: list[dict], metric: str) -> list[dict]:
-    """A row a variant: mean and standard deviation over seeds, and its costs."""
-    groups = collections.defaultdict(list)
+    """A row a variant at its best learning rate, which has most seeds: over them, and costs."""
+    groups = collections.defaultdict(lambda: collections.defaultdict(list))
     for found in records:
-        groups[found["variant"], found["fraction"]].append(found)
+        groups[found["variant"], found["fraction"]][found["rate"]].append(found)
     rows = []
-    for (variant, fraction), found in groups.items():
+    for (variant, fraction), rates in groups.items():
+        least = lambda found: (-len(found), np.mean([r[metric] for r in found]))  # noqa: E731
+        rate, found = min(rates.items(), key=lambda entry: least(entry[1]))
         values = [r[metric] for r in found]
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
         costs = {
@@ -150,6 +209,7 @@ def summary(records: list[dict], metric: str) -> list[dict]:
             {
                 "variant": variant,
                 "fraction": fraction,
+                "rate": rate,
                 "seeds": len(found),
                 "mean": float(np.mean(values)),
                 "std": deviation,
@@ -229,11 +289,8 @@ def main() -> None:
     if arguments.only and arguments.json and os.path.exists(arguments.json):
         records, origins = kept(arguments.json, {name for name, _, _ in chosen})
     for name, fraction, config in chosen:
-        for found in train(config, arguments.seeds):
+        for found in search(config, metric, arguments.seeds, f"{name:<13} {fraction or '':<6}"):
             records.append({"variant": name, "fraction": fraction, **found})
-            cost = f"{found['cpu_seconds_a_step'] * 1e3:.0f} ms"
-            print(f"{name:<13} {fraction or '':<6} seed {found['seed']}"
-                  f"  {metric} {found[metric]:.4f}  {cost}", flush=True)  # fmt: skip
         jax.clear_caches()
     order = {(name, fraction): i for i, (name, fraction, _) in enumerate(everything)}
     records.sort(key=lambda r: order[r["variant"], r["fraction"]])

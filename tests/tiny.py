@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -133,8 +134,8 @@ def rows(workdir) -> list[tuple[int, str]]:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """Of a command outside this process, with that many CPU devices, compiled as here."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    """Of a command outside this process, with that many CPU devices."""
+    flags = re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
