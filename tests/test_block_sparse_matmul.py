@@ -139,19 +139,33 @@ VARIANTS = {
 }
 
 
+# Of the XLA form on a CPU: (UNROLL, WRITTEN_OUT).
+WAYS = {"straight": (10**9, 10**9), "loop": (-1, 10**9), "written out": (-1, -1.0)}
+
+
+def go(monkeypatch, way):
+    for name, value in zip(("UNROLL", "WRITTEN_OUT"), WAYS[way], strict=True):
+        monkeypatch.setattr(blockwise, name, value)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(
-    ("implementation", "block", "M"),
-    [  # on a CPU blocks of 32 and more are products of their own, a chunk of rows at a time
-        ("reference", (4, 8), 6),
-        (None, (4, 8), 6),
-        (None, (32, 40), 6),
-        (None, (32, 40), 2 * blockwise.CHUNK),
+    ("way", "M"),
+    [
+        ("reference", 6),
+        ("straight", 6),
+        ("loop", 6),
+        ("loop", 2 * blockwise.CHUNK),
+        ("written out", 6),
     ],
 )
-def test_equals_numpy(implementation, block, M, name):
+def test_equals_numpy(way, M, name, monkeypatch):
+    if way in WAYS:
+        go(monkeypatch, way)
+    implementation = None if way in WAYS else way
     given, activation = VARIANTS[name]
-    arrays, weight = make(RAGGED, *block, M, **given), weight_of(RAGGED, block[1], M)
+    arrays, weight = make(RAGGED, 4, 8, M, **given), weight_of(RAGGED, 8, M)
+    jax.clear_caches()
     found = run(arrays, RAGGED, implementation, jnp.asarray(weight), activation=activation)
     compare(found, expected(arrays, RAGGED, activation, weight), 3e-6)
 
@@ -162,25 +176,29 @@ def test_equals_numpy(implementation, block, M, name):
     shape=strategies.tuples(strategies.integers(1, 5), strategies.integers(1, 5)),
     block=strategies.sampled_from([(2, 3), (4, 4), (1, 5)]),
     density=strategies.sampled_from([0.0, 0.3, 1.0]),
-    platform=strategies.sampled_from(["cpu", "accelerator"]),
+    way=strategies.sampled_from([*WAYS, "accelerator"]),
     seed=strategies.integers(0, 99),
 )
-def test_any_mask(shape, block, density, platform, seed):
-    """Both XLA forms; where a column has no block the output is zero, exactly."""
+def test_any_mask(shape, block, density, way, seed):
+    """All XLA forms; where a column has no block the output is zero, exactly."""
+    platform = "cpu" if way in WAYS else way
     mask = BlockMask(np.random.default_rng(seed).random(shape) < density)
     arrays, weight = make(mask, *block, seed=seed), weight_of(mask, block[1], 6)
-    y, _, _ = blockwise.forward(
-        arrays["x"], arrays["blocks"], None, None, None, None, Settings(mask), save=False,
-        platform=platform,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        if way in WAYS:
+            go(patch, way)
+        y, _, _ = blockwise.forward(
+            arrays["x"], arrays["blocks"], None, None, None, None, Settings(mask), save=False,
+            platform=platform,
+        )  # fmt: skip
+        dx, d_blocks, *_ = blockwise.backward(
+            arrays["x"], jnp.asarray(weight, jnp.float32), None, arrays["blocks"], None, None,
+            None, False, Settings(mask), platform=platform,
+        )  # fmt: skip
     right, gradients = expected(arrays, mask, None, weight)
     np.testing.assert_allclose(y, right, atol=1e-5)
     empty = np.repeat(~mask.live.any(0), block[1])
     assert not np.any(np.asarray(y)[:, empty])
-    dx, d_blocks, *_ = blockwise.backward(
-        arrays["x"], jnp.asarray(weight, jnp.float32), None, arrays["blocks"], None, None, None,
-        False, Settings(mask), platform=platform,
-    )  # fmt: skip
     np.testing.assert_allclose(dx, gradients["x"], atol=1e-5)
     np.testing.assert_allclose(d_blocks, gradients["blocks"], atol=1e-5)
 
@@ -249,16 +267,22 @@ def dots(jaxpr):
 @pytest.mark.parametrize("rank", [0, 3])
 def test_flops_are_those_of_live_blocks(rank):
     """Forward, and forward and backward: three products of each, and none of a dense matrix."""
-    for mask in (RAGGED, flat_butterfly(16, 8, 8, 2), BlockMask(np.eye(70, dtype=bool))):
-        arrays = make(mask, 2, 3, rank=rank)
-        one = 2 * 6 * (6 * mask.count + rank * (2 * mask.shape[0] + 3 * mask.shape[1]))
-        weight = jnp.asarray(weight_of(mask, 3, 6))
+    cases = (
+        (RAGGED, 128, 160),
+        (flat_butterfly(16, 8, 8, 2), 96, 128),
+        (BlockMask(np.eye(70) > 0), 4, 6),
+    )
+    for mask, bi, bo in cases:
+        arrays = make(mask, bi, bo, rank=rank)
+        I, O = bi * mask.shape[0], bo * mask.shape[1]  # noqa: E741
+        one = 2 * 6 * (bi * bo * mask.count + rank * (I + O))
+        weight = jnp.asarray(weight_of(mask, bo, 6))
         x, blocks, u, v, gamma, _ = (arrays.get(n) for n in NAMES)
         forward = functools.partial(block_sparse_matmul, mask=mask, u=u, v=v, gamma=gamma)
         assert dots(jax.make_jaxpr(forward)(x, blocks).jaxpr) == one
         both = jax.make_jaxpr(lambda a, m=mask, w=weight: run(a, m, None, w))(arrays)
         # gamma's gradient takes the product of blocks and their gradient, and that of V and its.
-        scalars = 2 * 6 * mask.count + 2 * 3 * mask.shape[1] * rank if rank else 0
+        scalars = 2 * bi * bo * mask.count + 2 * O * rank if rank else 0
         assert dots(both.jaxpr) == 3 * one + scalars
 
 

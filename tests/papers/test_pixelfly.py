@@ -185,7 +185,7 @@ def test_parameters_and_flops_are_the_density(density):
         shapes = model_lib.abstract(module)
         x = jax.ShapeDtypeStruct((7, 256), jnp.float32)
         apply = lambda v, x, m=module: model_lib.bind(m, v)(x, Context())  # noqa: E731
-        counted = count_flops(apply, shapes, x, platform="cpu")
+        counted = count_flops(apply, shapes, x)
         assert counted == 7 * module.flops() == 7 * 2 * parameters
 
 
