@@ -14,7 +14,8 @@ they have.
 All matrices start as large as a dense layer's, by the root mean square of their numbers, zeros
 among them (`initial_std` in the record); those of low rank as the leading parts of one, which is
 less. The learning rate is each variant's own: on two seeds its peak is doubled, or else halved, for
-as long as that is better on held-out examples, and the other seeds are run at the best.
+as long as that is better; the best is run on all seeds, and another too if the first seeds were
+lucky. What is better is told by the held-out examples that are reported.
 
 `--only` trains some and takes the others from the file of `--json`, which says of each what it was
 measured on. Runs of one kind differ in initial values and the order of the data; all else but the
@@ -26,6 +27,7 @@ import argparse
 import collections
 import copy
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -124,7 +126,7 @@ def best_rate(measure, start: float = PEAK) -> float:
         rate = start
         while True:
             found[rate * factor] = measure(rate * factor)
-            if not found[rate * factor] < found[rate]:  # nor where it diverges
+            if found[rate * factor] >= found[rate]:
                 break
             rate *= factor
         if rate != start:
@@ -170,24 +172,32 @@ def train(config, seeds: Sequence[int]):
         }
 
 
-def search(config, metric: str, seeds: int, label: str) -> list[dict]:
-    """What `train` gives at the best learning rate for all seeds, and at others for the first."""
-    records, first = [], range(min(SEARCH_SEEDS, seeds))
+def mean_of(runs: list[dict], metric: str) -> float:
+    """Infinite where a run diverged."""
+    found = float(np.mean([run[metric] for run in runs]))
+    return math.inf if math.isnan(found) else found
 
-    def measure(rate, seeds=first):
-        found = []
+
+def search(config, metric: str, seeds: int, label: str) -> list[dict]:
+    """What `train` gives at the best learning rate for all seeds, and at others for some."""
+    runs = collections.defaultdict(list)
+
+    def measure(rate, seeds=range(min(SEARCH_SEEDS, seeds))):
         for run in train(at_rate(config, rate), seeds):
-            found.append(run)
+            runs[rate].append(run)
             cost = f"{run['cpu_seconds_a_step'] * 1e3:.0f} ms"
             print(f"{label} rate {rate:g}  seed {run['seed']}  {metric} {run[metric]:.4f}  {cost}",
                   flush=True)  # fmt: skip
-        records.extend(found)
-        return float(np.mean([run[metric] for run in found]))
+        return mean(rate)
+
+    def mean(rate):
+        return mean_of(runs[rate], metric)
 
     best = best_rate(measure)
-    if seeds > len(first):
-        measure(best, range(len(first), seeds))
-    return records
+    while len(runs[best]) < seeds:
+        measure(best, range(len(runs[best]), seeds))
+        best = min(runs, key=mean)  # another, where the first seeds were lucky
+    return [run for found in runs.values() for run in found]
 
 
 def summary(records: list[dict], metric: str) -> list[dict]:
@@ -197,8 +207,9 @@ def summary(records: list[dict], metric: str) -> list[dict]:
         groups[found["variant"], found["fraction"]][found["rate"]].append(found)
     rows = []
     for (variant, fraction), rates in groups.items():
-        least = lambda found: (-len(found), np.mean([r[metric] for r in found]))  # noqa: E731
-        rate, found = min(rates.items(), key=lambda entry: least(entry[1]))
+        by_rate = {rate: (-len(found), mean_of(found, metric)) for rate, found in rates.items()}
+        rate = min(by_rate, key=by_rate.get)
+        found = rates[rate]
         values = [r[metric] for r in found]
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
         costs = {

@@ -1,5 +1,6 @@
 """Benchmarks of what a technique does to the loss: merging of records, and what is trained."""
 
+import functools
 import json
 import re
 
@@ -28,12 +29,55 @@ def test_runs_that_are_not_repeated_keep_their_origin(tmp_path):
     assert set(json.load(open(path))["kept"][0]) >= {"date", "device", "versions", "python"}
 
 
+def dict_of_variants(host="lm"):
+    return {(name, f): config for name, f, config in structured_quality.variants(host, 10)}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["lm", "digits"])
-def test_low_rank_starts_no_larger_than_dense(host):
-    found = {(n, f): c for n, f, c in structured_quality.variants(host, 10)}
+def test_matrices_start_as_large_as_dense_ones(host):
+    found = dict_of_variants(host)
     dense = structured_quality.initial_std(found["dense", 1.0])
-    for fraction in structured_quality.VARIANTS:
-        assert 0.4 * dense < structured_quality.initial_std(found["low_rank", fraction]) < dense
+    for name in structured_quality.VARIANTS[0.25]:
+        least = 0.4 if name == "low_rank" else 0.9  # which is a part of a dense one
+        assert least < structured_quality.initial_std(found[name, 0.25]) / dense < 1.1, name
+
+
+@pytest.mark.parametrize(
+    ("loss", "tried", "best"),
+    [
+        (lambda rate, seed: abs(np.log2(rate) - 2), [1, 2, 4, 8], 4),
+        (lambda rate, seed: abs(np.log2(rate) + 1), [0.25, 0.5, 1, 2], 0.5),
+        (lambda rate, seed: np.nan if rate > 1 else 1 / rate, [0.5, 1, 2], 1),
+        # 4 is best on two seeds, 2 on all
+        (lambda rate, seed: abs(rate - 3.9) if seed < 2 or rate < 4 else 9.0, [1, 2, 4, 8], 2),
+    ],
+    ids=["up", "down", "diverging", "lucky"],
+)
+def test_a_learning_rate_is_found(loss, tried, best, monkeypatch):
+    costs = {"parameters": 7, "layer_parameters": 5, "flops_a_step": 3}
+
+    def train(rate, seeds):
+        for seed in seeds:
+            found = {"seed": seed, "rate": rate, "loss": loss(rate, seed)}
+            yield {**found, **costs, "cpu_seconds_a_step": seed}
+
+    search = functools.partial(structured_quality.best_rate, start=1)
+    monkeypatch.setattr(structured_quality, "best_rate", search)
+    monkeypatch.setattr(structured_quality, "train", train)
+    monkeypatch.setattr(structured_quality, "at_rate", lambda config, rate: rate)
+    runs = structured_quality.search(None, "loss", 5, "")
+    assert sorted({run["rate"] for run in runs}) == tried
+    records = [{"variant": "monarch", "fraction": 0.25, **run} for run in runs]
+    (row,) = structured_quality.summary(records, "loss")
+    assert (row["rate"], row["seeds"]) == (best, 5)
+    np.testing.assert_allclose(row["mean"], np.mean([loss(best, seed) for seed in range(5)]))
+    assert row["cpu_seconds_a_step"] == 2
+
+
+def test_the_learning_rate_reaches_the_run():
+    config = structured_quality.at_rate(dict_of_variants()["dense", 1.0], 0.125)
+    assert max(Run(config).phases[0].learning_rate(i) for i in range(10)) == 0.125
 
 
 def test_a_narrow_model_has_as_many_parameters():
