@@ -149,13 +149,17 @@ def _batched_columns(x, blocks, columns, precision):
     """x B [M, O], for columns of a degree one batched product for each of their blocks."""
     _, bi, bo = blocks.shape
     inputs = x.reshape(x.shape[0], -1, bi).swapaxes(0, 1)
-    y = jnp.zeros((len(columns), x.shape[0], bo), accumulator(x.dtype))
+    order = [c for c, column in enumerate(columns) if not column]
+    parts = [jnp.zeros((len(order), x.shape[0], bo), accumulator(x.dtype))]
     for which, read, numbers in _by_degree(columns):
-        part = sum(
-            _batched(inputs[rows], blocks[live], 2, 1, precision)
-            for rows, live in zip(read.T, numbers.T, strict=True)
+        order.extend(which)
+        parts.append(
+            sum(
+                _batched(inputs[rows], blocks[live], 2, 1, precision)
+                for rows, live in zip(read.T, numbers.T, strict=True)
+            )
         )
-        y = y.at[which].set(part)
+    y = jnp.concatenate(parts)[np.argsort(order)]
     return y.swapaxes(0, 1).reshape(x.shape[0], -1)
 
 
