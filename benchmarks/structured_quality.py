@@ -46,13 +46,13 @@ WIDTH = 160
 LAYERS = re.compile(r"(.*/)?blocks/[\d-]+/(mixer/(q|k|v|out)|channel/(up|down))/(?!bias).*")
 # What a host's dense layers start at: the language model's as `common.gpt2` has them, the others
 # with a variance of 1 / fan-in.
-OUTPUTS = common.output_std(DEPTH)
+OUTPUT_STD = common.output_std(DEPTH)
 STARTS = {
     "lm": {
         "mixer/(q|k|v)": 0.02,
-        "mixer/out": OUTPUTS,
+        "mixer/out": OUTPUT_STD,
         "channel/up": 0.02,
-        "channel/down": OUTPUTS,
+        "channel/down": OUTPUT_STD,
     },
     "digits": {
         "mixer/(q|k|v|out)": WIDTH**-0.5,

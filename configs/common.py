@@ -125,20 +125,26 @@ def gpt2(width: int, depth: int, heads: int, *, hidden: int | None = None) -> li
     ]
 
 
-def gpt2_low_rank(at: str, rank: int, depth: int, init: str = "spectral") -> list[dict]:
-    """Rules to put before those of `gpt2`: two factors, whose matrix starts at its deviation.
+def gpt2_linear(at: str, depth: int, **rule) -> list[dict]:
+    """Rules to put before those of `gpt2`: this linear, of a matrix that starts at its deviation.
 
-    With `normal` the product of the factors has it; `spectral` cuts a matrix that has it.
+    For linears whose `init_std` is that of the matrix, or about it.
     """
-    low = {"use": "low_rank", "rank": rank, "init": init, "bias": True}
-
-    def std(matrix: float) -> float:
-        return (matrix / rank**0.5) ** 0.5 if init == "normal" else matrix
-
     return [
-        {"at": f"(?={OUTPUTS}$)({at})", **low, "init_std": std(output_std(depth))},
-        {"at": at, **low, "init_std": std(0.02)},
+        {"at": f"(?={OUTPUTS}$)({at})", **rule, "init_std": output_std(depth)},
+        {"at": at, **rule, "init_std": 0.02},
     ]
+
+
+def gpt2_low_rank(at: str, rank: int, depth: int, init: str = "spectral") -> list[dict]:
+    """`gpt2_linear` of two factors: `spectral` cuts a matrix of its deviation to the rank.
+
+    With `normal` the product of the factors has the deviation.
+    """
+    rules = gpt2_linear(at, depth, use="low_rank", rank=rank, init=init, bias=True)
+    if init == "normal":  # init_std is of the factors
+        rules = [{**rule, "init_std": (rule["init_std"] / rank**0.5) ** 0.5} for rule in rules]
+    return rules
 
 
 def llama(heads: int, kv_heads: int, hidden: int, *, theta: float = 10_000.0) -> list[dict]:

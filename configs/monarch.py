@@ -28,16 +28,8 @@ def get_config(arg=None):
     first = config.phases[0]
     if arg.mode in ("reverse", "sparse"):
         monarch = {"use": "monarch", "blocks": arg.blocks, "bias": True}
-        outputs = common.output_std(config.model.depth)
-        config.rules = [
-            {"at": common.OUTPUTS, **monarch, "init_std": outputs},
-            {"at": LAYERS, **monarch, "init_std": 0.02},
-            *config.rules,
-        ]
-        optimizer = first["optimizer"]
-        schedule = {**optimizer["learning_rate"], "peak": 4e-3}
-        first = {**first, "optimizer": {**optimizer, "learning_rate": schedule}}
-        config.phases = [first]
+        config.rules = [*common.gpt2_linear(LAYERS, config.model.depth, **monarch), *config.rules]
+        first["optimizer"]["learning_rate"]["peak"] = 4e-3
     surgery = {
         "reverse": {"name": "monarch_to_dense"},
         "finetune": {"name": "dense_to_monarch", "at": LAYERS, "blocks": arg.blocks},

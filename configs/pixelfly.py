@@ -25,11 +25,11 @@ def get_config(arg=None):
     config = common.small_lm(arg, steps=arg.steps)
     if arg.mode != "dense":
         sparse = {
-            "at": LAYERS,
             "use": "pixelfly" if arg.mode == "pixelfly" else "block_sparse",
             "density": arg.density,
             "block": config.model.width // 16,
             "bias": True,
         }
-        config.rules = [sparse, *config.rules]
+        config.rules = [*common.gpt2_linear(LAYERS, config.model.depth, **sparse), *config.rules]
+        config.phases[0]["optimizer"]["learning_rate"]["peak"] = 8e-3
     return config

@@ -86,6 +86,7 @@ PAPER = Paper(
             "work is in proportion to the density",
             f"{_TEST}::test_parameters_and_flops_are_the_density",
             True,
+            "the products of live blocks; a CPU multiplies small blocks as a dense matrix, sooner",
         ),
         Claim(
             "one pattern sparsifies attention and MLP alike",

@@ -30,9 +30,10 @@ def block_sparse_matmul(
 ) -> jax.Array:
     """act(gamma x B + (1 - gamma) (x U) V + bias) for a matrix B of which few blocks are live.
 
-    Work, and bytes of weights, are in proportion to the live blocks, forward and backward. On a TPU
-    one kernel gives the result, x U never leaves the chip (but for the backward pass, which is
-    given it), and one each the gradients of x and of the weights.
+    Work, and bytes of weights, are in proportion to the live blocks, forward and backward, but that
+    small blocks on a CPU are multiplied as a dense matrix (see `blockwise`). On a TPU one kernel
+    gives the result, x U never leaves the chip (but for the backward pass, which is given it), and
+    one each the gradients of x and of the weights.
 
     Args:
       x: [..., I], no axis of 0; float32, bfloat16, float16 or float64.

@@ -171,9 +171,9 @@ def keeps(M: int, right, left, dtype) -> bool:
     blocks of 256 and more on a v5p, of 512 on a v5e and of 1024 on a v6e; never where the chip is
     not known. Microseconds of both passes, z made again and kept (static schedule or HBM, libtpu
     0.0.52, bfloat16, M 8192): v5e 4096 by 8 1161 and 1088; v5p 4096 by 8 506 and 487, 4096 by 16
-    281 and 257; v6e 4096 by 4 576 and 506. Where it is not kept: v5e 4096 by 16 614 and 628; v6e
-    2048 by 4 150 and 151, 4096 by 8 308 and 302, 8192 by 16 634 and 629, no gain that is worth so
-    much memory.
+    281 and 257; v6e 4096 by 4 576 and 506. Where it is not kept: v5e 4096 by 16 614 and 628, 8192
+    by 32 1280 and 1264; v6e 2048 by 4 150 and 151, 4096 by 8 308 and 302, 8192 by 16 634 and 629,
+    no gain that is worth so much memory.
     """
     plans = (
         plan(M, right, left, dtype.itemsize, False, kept=True),
