@@ -9,18 +9,23 @@ factors, weight decay of the factors and Frobenius decay, each at one rate; `--r
 from the spectral start at the higher rank. All else decays at 0.1. `dense` has whole matrices,
 `narrow` a smaller width with as many parameters in its layers, or a few more.
 
+The peak of the learning rate is that at which a start without decay does best on the held-out
+examples that are reported: doubled, or else halved, for as long as that is better. The runs at
+other peaks are recorded too, and left out of the summary.
+
 The effective rank of a matrix is exp of the entropy of its singular values over their sum: the mean
 over all replaced layers after training. `norm` is the root mean square of their Frobenius norms.
 """
 
 import argparse
+import functools
 import math
 
 import jax
 import numpy as np
 
 from benchmarks.records import record
-from benchmarks.small_runs import host_config, run_phase
+from benchmarks.small_runs import PEAK, at_rate, best_rate, host_config, mean_of, run_phase
 from benchmarks.sparse_to_dense import means
 from configs.low_rank_study import INITS, LAYERS, factorized
 from efficient import model as model_lib
@@ -35,7 +40,7 @@ RANKS = (16, 32)
 WARMUP = 0.25
 DECAYS = {"none": ("weight", 0.0), "weight": ("weight", 1.0), "frobenius": ("frobenius", 1.0)}
 MEASURED = ("bits_per_byte", "effective_rank", "norm")
-BY = ("start", "decay", "rate", "rank")
+CHOICE = ("start", "decay", "rate", "rank")
 
 
 def narrow_width(rank: int) -> int:
@@ -58,10 +63,12 @@ def choices(rates: tuple[float, ...]):
                 yield "spectral", name, rate, RANKS[-1]
 
 
-def config_of(start: str, decay: str, rate: float, rank: int | None, steps: int):
+def config_of(
+    start: str, decay: str, rate: float, rank: int | None, steps: int, peak: float = PEAK
+):
     """The config of one choice."""
     width = narrow_width(rank) if start == "narrow" else WIDTH
-    config = host_config("lm", width, [], steps, 0)
+    config = at_rate(host_config("lm", width, [], steps, 0), peak)
     if start in ("dense", "narrow"):
         return config
     warm = start == "warm-up"
@@ -105,6 +112,12 @@ def train(config, seeds: int):
         }
 
 
+def summary(records: list[dict], peaks: dict) -> list[dict]:
+    """Means over seeds at the peak of each start and rank."""
+    own = [found for found in records if found["peak"] == peaks[found["start"], found["rank"]]]
+    return means(own, (*CHOICE, "peak"), (*MEASURED, "flops", "parameters"))
+
+
 def plot(rows: list[dict], path: str) -> None:
     """A panel a rank, a place a start, a color a decay."""
     import matplotlib
@@ -144,15 +157,26 @@ def main() -> None:
     parser.add_argument("--plot")
     arguments = parser.parse_args()
     rates = tuple(float(rate) for rate in filter(None, arguments.rates.split(",")))
-    command = f"python -m benchmarks.low_rank_study --seeds {arguments.seeds}"
+    seeds = arguments.seeds
+    command = f"python -m benchmarks.low_rank_study --seeds {seeds}"
     command += f" --steps {arguments.steps}" + (f" --rates {arguments.rates}" if rates else "")
-    records = []
+    records, peaks = [], {}
+
+    def measure(choice, peak: float) -> float:
+        of = dict(zip(CHOICE, choice)) | {"peak": peak}
+        found = [of | run for run in train(config_of(*choice, arguments.steps, peak), seeds)]
+        print(*found, sep="\n", flush=True)
+        records.extend(found)
+        return mean_of(found, "bits_per_byte")
+
     for choice in choices(rates):
-        for found in train(config_of(*choice, arguments.steps), arguments.seeds):
-            records.append(dict(zip(BY, choice)) | found)
-            print(records[-1], flush=True)
+        start, decay, _, rank = choice
+        if decay == "none":
+            peaks[start, rank] = best_rate(functools.partial(measure, choice))
+        else:
+            measure(choice, peaks[start, rank])
         jax.clear_caches()
-        rows = means(records, BY, (*MEASURED, "flops", "parameters"))
+        rows = summary(records, peaks)
         if arguments.json:  # after every choice, for those who do not wait
             record(arguments.json, command, summary=rows, runs=records)
     for row in rows:

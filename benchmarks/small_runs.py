@@ -1,8 +1,11 @@
 """Small models trained in this process, for benchmarks of what a technique does to the loss."""
 
+import copy
+import math
 import time
 
 import jax
+import numpy as np
 
 from configs import common
 from efficient import data as data_lib
@@ -42,6 +45,30 @@ def with_schedule(phase: dict, schedule: dict) -> dict:
     return {**phase, "optimizer": {**phase["optimizer"], "learning_rate": schedule}}
 
 
+def at_rate(config, peak: float):
+    """The config with this peak of the learning rate."""
+    config = copy.deepcopy(config)
+    (phase,) = config.phases
+    schedule = {**phase["optimizer"]["learning_rate"], "peak": peak}
+    config.phases = [with_schedule(phase, schedule)]
+    return config
+
+
+def best_rate(measure, start: float = PEAK) -> float:
+    """The least measured of `start` and its doubles or halves: its neighbours are worse."""
+    found = {start: measure(start)}
+    for factor in (2.0, 0.5):
+        rate = start
+        while True:
+            found[rate * factor] = measure(rate * factor)
+            if found[rate * factor] >= found[rate]:
+                break
+            rate *= factor
+        if rate != start:
+            break
+    return rate
+
+
 def run_phase(run, phase, state, seed: int | None = None):
     """(state after the phase, metrics of its last step, CPU seconds of each step).
 
@@ -59,3 +86,9 @@ def run_phase(run, phase, state, seed: int | None = None):
             state, metrics = jax.block_until_ready(step(state, batch))
             seconds.append(time.process_time() - before)
     return state, {name: float(value) for name, value in metrics.items()}, seconds
+
+
+def mean_of(runs: list[dict], metric: str) -> float:
+    """Infinite where a run diverged."""
+    found = float(np.mean([run[metric] for run in runs]))
+    return math.inf if math.isnan(found) else found

@@ -25,9 +25,7 @@ threads together, which a loaded machine changes less than the time on the wall.
 
 import argparse
 import collections
-import copy
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -36,7 +34,7 @@ import jax
 import numpy as np
 
 from benchmarks.records import record
-from benchmarks.small_runs import DEPTH, PEAK, host_config, run_phase, with_schedule
+from benchmarks.small_runs import DEPTH, at_rate, best_rate, host_config, mean_of, run_phase
 from configs import common
 from efficient import model as model_lib
 from efficient.training.evaluation import Evaluator, bits_per_byte_baseline
@@ -110,30 +108,6 @@ def replaced(host: str, use: str, attention: dict, feed_forward: dict) -> list[d
     ]
 
 
-def at_rate(config, peak: float):
-    """The config with this peak of the learning rate."""
-    config = copy.deepcopy(config)
-    (phase,) = config.phases
-    schedule = {**phase["optimizer"]["learning_rate"], "peak": peak}
-    config.phases = [with_schedule(phase, schedule)]
-    return config
-
-
-def best_rate(measure, start: float = PEAK) -> float:
-    """The least measured of `start` and its doubles or halves: its neighbours are worse."""
-    found = {start: measure(start)}
-    for factor in (2.0, 0.5):
-        rate = start
-        while True:
-            found[rate * factor] = measure(rate * factor)
-            if found[rate * factor] >= found[rate]:
-                break
-            rate *= factor
-        if rate != start:
-            break
-    return rate
-
-
 def initial_std(config) -> float:
     """Root mean square over the matrices of attention and feed-forward, as they start."""
     base = Run(config, jax.devices()[:1]).base
@@ -170,12 +144,6 @@ def train(config, seeds: Sequence[int]):
             "train_loss": metrics["loss"],
             **evaluate(state),
         }
-
-
-def mean_of(runs: list[dict], metric: str) -> float:
-    """Infinite where a run diverged."""
-    found = float(np.mean([run[metric] for run in runs]))
-    return math.inf if math.isnan(found) else found
 
 
 def search(config, metric: str, seeds: int, label: str) -> list[dict]:

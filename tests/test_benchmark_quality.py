@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import low_rank_study, structured_quality
+from benchmarks import low_rank_study, small_runs, structured_quality
 from benchmarks.records import record
 from efficient.training.run import Run
 
@@ -62,7 +62,7 @@ def test_a_learning_rate_is_found(loss, tried, best, monkeypatch):
             found = {"seed": seed, "rate": rate, "loss": loss(rate, seed)}
             yield {**found, **costs, "cpu_seconds_a_step": seed}
 
-    search = functools.partial(structured_quality.best_rate, start=1)
+    search = functools.partial(small_runs.best_rate, start=1)
     monkeypatch.setattr(structured_quality, "best_rate", search)
     monkeypatch.setattr(structured_quality, "train", train)
     monkeypatch.setattr(structured_quality, "at_rate", lambda config, rate: rate)
@@ -76,7 +76,7 @@ def test_a_learning_rate_is_found(loss, tried, best, monkeypatch):
 
 
 def test_the_learning_rate_reaches_the_run():
-    config = structured_quality.at_rate(dict_of_variants()["dense", 1.0], 0.125)
+    config = small_runs.at_rate(dict_of_variants()["dense", 1.0], 0.125)
     assert max(Run(config).phases[0].learning_rate(i) for i in range(10)) == 0.125
 
 
@@ -104,6 +104,30 @@ def test_every_start_meets_every_decay():
                  for k in ("frobenius", "factor")}  # fmt: skip
         assert rates == {"frobenius": rate * (decay == "frobenius"),
                          "factor": rate * (decay == "weight")}  # fmt: skip
+
+
+def test_every_start_is_summed_up_at_its_own_learning_rate(monkeypatch, tmp_path):
+    def train(config, seeds):
+        peak = config.phases[-1]["optimizer"]["learning_rate"]["peak"]
+        best = 0.001 if config.rules[0]["use"] == "low_rank" else 0.004
+        for seed in range(seeds):
+            measured = dict.fromkeys(("effective_rank", "norm", "flops", "parameters"), 1.0)
+            yield {"seed": seed, "bits_per_byte": 3 + seed + abs(np.log2(peak / best)), **measured}
+
+    path = tmp_path / "found.json"
+    monkeypatch.setattr(low_rank_study, "train", train)
+    monkeypatch.setattr("sys.argv", ["low_rank_study", "--seeds", "2", "--json", str(path)])
+    low_rank_study.main()
+    found = json.load(open(path))
+    rows, runs = found["summary"], found["runs"]
+    chosen = list(low_rank_study.choices(()))
+    assert [tuple(row[k] for k in low_rank_study.CHOICE) for row in rows] == chosen
+    for row in rows:
+        assert row["peak"] == (0.001 if row["start"] in low_rank_study.INITS else 0.004)
+        np.testing.assert_allclose(row["bits_per_byte"], [3.5, 0.5])
+    searched = [r for r in runs if r["start"] == "spectral" and r["rank"] == 16]
+    assert {r["peak"] for r in searched} == {0.0005, 0.001, 0.002, 0.004}
+    assert {r["peak"] for r in searched if r["decay"] != "none"} == {0.001}
 
 
 def test_effective_rank_and_norm():
