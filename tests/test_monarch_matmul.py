@@ -252,17 +252,23 @@ def test_kernel_numbers(name, monkeypatch):
     interpret(sizes, M, dtype, monkeypatch, *how)
 
 
+WAYS = ("one kernel", "stages", "lent")
+
+
 @pytest.fixture
 def keeping(monkeypatch):
-    """A chip on which z is kept, two parts of rows a step; the backward pass in stages if asked."""
+    """A chip on which z is kept, two parts of rows a step; the backward pass in a way of `WAYS`."""
 
-    def set_up(in_stages, cores=1):
+    def set_up(way, cores=1):
         monkeypatch.setattr(tpu_plan, "chip", lambda: Chip(128 * 2**20, cores, ridge=1.0))
         monkeypatch.setattr(tpu_plan, "ROWS", (256, 128))
         monkeypatch.setattr(tpu_plan, "CHUNK", 128)
-        if in_stages:
+        if way == "stages":
             staged = lambda *args: tpu_plan.plan(*args, False, transposed=True, kept=True)  # noqa: E731
             monkeypatch.setattr(tpu_plan, "kept_backward", staged)
+        if way == "lent":
+            lent = lambda *args: tpu_plan.plan(*args, True, kept=True)._replace(lent=True)  # noqa: E731
+            monkeypatch.setattr(tpu_plan, "kept_backward", lent)
 
     jax.clear_caches()
     yield set_up
@@ -277,13 +283,15 @@ def keeping(monkeypatch):
         pytest.param((2, 256, 256, 2, 256, 256), 2, jnp.float32, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("in_stages", [False, True])
-def test_kernels_that_keep_what_is_between_the_factors(in_stages, sizes, cores, dtype, keeping):
-    keeping(in_stages, cores)
+@pytest.mark.parametrize("way", WAYS)
+def test_kernels_that_keep_what_is_between_the_factors(way, sizes, cores, dtype, keeping):
+    if way == "lent" and sizes[0] * sizes[1] != sizes[3] * sizes[5]:
+        pytest.skip("dx is not as wide as dy")
+    keeping(way, cores)
     x, right, left, _, dy = make(sizes, (512,), dtype)
     assert tpu.keeps(x, right, left)
     backward = tpu_plan.kept_backward(512, right, left, x.dtype.itemsize)
-    assert backward.backward != in_stages and backward.steps == 2
+    assert backward.backward == (way != "stages") and backward.steps == 2
     precision = jax.lax.Precision.HIGHEST
     with no_races():
         y, z = tpu.forward(x, right, left, None, None, precision, params(), keep=True)
@@ -293,14 +301,14 @@ def test_kernels_that_keep_what_is_between_the_factors(in_stages, sizes, cores, 
     assert max(found) < (1e-6 if dtype == jnp.float32 else 6e-3)
 
 
-@pytest.mark.parametrize("in_stages", [False, True])
-def test_what_is_kept_goes_from_one_pass_to_the_other(in_stages, keeping, capsys):
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_kept_goes_from_one_pass_to_the_other(way, keeping, capsys):
     """In a program for a TPU, and under `jax.checkpoint`; elsewhere nothing depends on it."""
-    keeping(in_stages)
+    keeping(way)
     x, right, left, _, dy = make((2, 128, 128, 2, 128, 128), (512,))
     both = lambda *arrays: run(*arrays[:3], dy=arrays[3])  # noqa: E731
     program = jax.jit(both).trace(x, right, left, dy).lower(lowering_platforms=("tpu",)).as_text()
-    backward = ["dx_kept", "sum_right", "sum_left"] if in_stages else ["bwd_kept"]
+    backward = ["dx_kept", "sum_right", "sum_left"] if way == "stages" else ["bwd_kept"]
     names = set(re.findall(r'kernel_name = "(\w+)"', program))
     assert names == {f"monarch_{name}" for name in ("fwd_kept", *backward)}
     product = jax.checkpoint(lambda *arrays: monarch_matmul(*arrays))
@@ -323,6 +331,23 @@ def test_the_chip_says_from_which_blocks_on_what_is_between_is_kept(target, leas
             weights = of((4, size, size))
             kept = tpu.keeps(of((2, M // 2, 4 * size)), weights, weights)
             assert kept == (size >= least and M == 8192), (M, size)
+
+
+def test_dx_lends_its_place_where_a_chunk_would_not_fit(monkeypatch):
+    of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    for chip, blocks, right in (
+        (Chip(64 * 2**20, 2, 128, 166), 32, (256, True)),  # v5p
+        (Chip(64 * 2**20, 2, 128, 166), 16, (512, False)),
+        (Chip(128 * 2**20, 1, 128, 240), 32, (512, False)),  # v5e
+    ):
+        monkeypatch.setattr(tpu_plan, "chip", lambda chip=chip: chip)
+        weights = of((blocks, 256, 256))
+        plan = tpu_plan.plan(8192, weights, weights, 2, True, kept=True)
+        assert (plan.rows, plan.lent) == right
+        assert plan.vmem <= plan.chip.planned
+    wide = of((32, 256, 512))
+    monkeypatch.setattr(tpu_plan, "chip", lambda: Chip(64 * 2**20, 2, 128, 166))
+    assert not tpu_plan.plan(8192, weights, wide, 2, True, kept=True).lent  # dx is narrower
 
 
 @pytest.mark.slow

@@ -32,14 +32,15 @@ def backward(x, right, left, dy, z, plan: Plan, precision, interpret=False):
     """
 
     def body(refs, plan):
-        collect_all(refs["dy"], refs["dy_apart"], plan)
+        apart = "dx" if plan.lent else "dy_apart"
+        collect_all(refs["dy"], refs[apart], plan)
         yield
         if not plan.kept:
             first_product(refs, "x", plan, precision)
             yield
             exchange_all(refs["z"], plan)
             yield
-        second_back(refs, "dy_apart", "kept" if plan.kept else "z", plan, precision)
+        second_back(refs, apart, "kept" if plan.kept else "z", plan, precision)
         yield
         exchange_all(refs["z"], plan)  # now dz, and back
         yield
@@ -48,19 +49,23 @@ def backward(x, right, left, dy, z, plan: Plan, precision, interpret=False):
     arrays = {"x": x, "right": right, "left": left, "dy": dy}
     if plan.kept:
         arrays["kept"] = z
-    words = {"z": plan.inner, "dy_apart": plan.outputs}
+    words = {"z": plan.inner} | ({} if plan.lent else {"dy_apart": plan.outputs})
     found = call(body, "monarch_bwd", arrays, ("dx", plan.inputs), words, plan, interpret)
     return found["dx"], found["dright"], found["dleft"]
 
 
 def collect_all(dy, words, plan: Plan):
-    """The blocks of left's outputs out of `dy`, into `words` [words, outputs]."""
+    """The blocks of left's outputs out of `dy`, into `words` [words, outputs], or as rows."""
+    height = words.shape[0] // plan.words
     for group in range(plan.s // LANES):
         for row in range(0, plan.words, WORDS):
             rows = pl.ds(row * plan.packed, WORDS * plan.packed)
             tiles = [pack(dy[rows, tile(group * plan.L + i)]) for i in range(plan.L)]
             for i, collected in enumerate(collect(tiles)):
-                words[pl.ds(row, WORDS), tile(i * plan.s // LANES + group)] = collected
+                if height > 1:
+                    collected = unpack(collected, words.dtype)
+                at = pl.ds(row * height, WORDS * height), tile(i * plan.s // LANES + group)
+                words[at] = collected
 
 
 def second_back(refs, of, z, plan: Plan, precision):
