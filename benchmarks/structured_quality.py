@@ -8,8 +8,9 @@ A small GPT-2-shaped language model on the embedded corpus (`lm`), or a ViT on s
 or an eighth of a dense one's parameters, exactly; `narrow` is a dense model of such a width that
 its layers have as many together. Every one of these layers does one multiplication and one addition
 a parameter and token, so that equal parameters are equal FLOPs and there is one comparison, not
-two. Products of butterfly factors, of blocks of 5, have no such choice and are listed at the size
-they have.
+two; counted, Monarch layers do a sixth more, for the backward pass computes what is between the
+factors again. Products of butterfly factors, of blocks of 5, have no such choice and are listed at
+the size they have.
 
 All matrices start as large as a dense layer's, by the root mean square of their numbers, zeros
 among them (`initial_std` in the record); those of low rank as the leading parts of one, which is

@@ -109,7 +109,8 @@ def _run(parts: Sequence[Iterator], plan: Plan) -> None:
     far for what may run together. Microseconds, part after part and interleaved (static schedule,
     libtpu 0.0.52): backward v5e 1024 by 4 110 and 105, 4096 by 16 453 and 433, v5p 4096 by 32 131
     and 129, v6e 4096 by 8 214 and 220; forward v6e 4096 by 8 98 and 95. Forward with 32 blocks an
-    exchange fills half of the registers: v5p 8192 by 32 164 and 177.
+    exchange fills half of the registers: v5p 8192 by 32 164 and 177. Mixed operation by operation
+    the schedules are the same (v5p 4096 by 32, v6e 4096 by 8).
     """
     if not plan.backward and plan.L >= 32:
         parts = [itertools.chain.from_iterable(parts)]
