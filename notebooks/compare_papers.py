@@ -38,7 +38,7 @@ from efficient.training import loop
 PAPERS = {
     "baseline": [],
     "hybrid_norm": [{"at": r"blocks/\d+", "use": "hybrid_norm"}],
-    "monarch": [{"at": r"blocks/\d+/channel/.*", "use": "monarch", "blocks": 4}],
+    "monarch": [{"at": r"blocks/\d+/channel/.*", "use": "monarch", "blocks": 4, "init_std": 0.02}],
 }
 
 for name, rules in PAPERS.items():

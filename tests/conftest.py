@@ -1,9 +1,9 @@
 """Eight fake CPU devices for every test, and public functions checked against their shapes.
 
 Programs of the tests are small and mostly compiled for one call. So LLVM does not optimize them,
-and but for the slow tests alone XLA does without its newer emitters of fusions, where they can be
-turned off: a train step of a small model compiles in 1.3 s instead of 2.5. The quickstart, the
-notebook and the laboratory are compiled as users compile them.
+and XLA does without its newer emitters of fusions, where they can be turned off: a train step of a
+small model compiles in 1.3 s instead of 2.5. The quickstart, the notebook and the laboratory are
+compiled as users compile them.
 """
 
 import os
@@ -23,7 +23,7 @@ _HOOK = install_import_hook(["efficient", "models"], "shapes.checked")
 
 
 def pytest_configure(config):
-    if config.option.markexpr == "slow" or jax.__version_info__ >= (0, 11):
+    if jax.__version_info__ >= (0, 11):
         return  # where the flag may be unknown, which is fatal
     flags = os.environ["XLA_FLAGS"]
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
