@@ -6,9 +6,9 @@
 The language model of `small_runs`, all linears of its blocks. The learning rate warms up, is held,
 and decays over the last three tenths, in one phase or over two. Monarch matrices start as large as
 dense ones, and where they are trained from scratch the rate is twice the dense model's. Each is the
-best there is, in bits per byte after 400 steps with one seed: four blocks end at 3.11, 3.00 and
-3.02 with peaks of 0.002, 0.004 and 0.008, dense matrices at 3.12, 2.97, 2.98 and 3.15 with 0.001 to
-0.004.
+best of those tried; bits per byte after 400 steps, one seed: four blocks end at 3.11, 3.00 and 3.02
+with peaks of 0.002, 0.004 and 0.008, dense matrices at 3.12, 2.97, 2.98 and 3.15 with 0.001, 0.002,
+0.003 and 0.004.
 
 `reverse`: a share of the steps with Monarch matrices of four blocks, the rest dense. Beside it are
 dense runs of fewer steps, which say what the same FLOPs are worth without the paper's idea.
