@@ -128,6 +128,15 @@ ARGUMENTS = {
     "type of a config argument": (("--config=configs/lamb.py:batch_size=x",), "'x' is no int"),
     "unknown field": ((SMOKE, "--config.modl.width=3"), "--config.modl.*did you mean 'model'"),
     "unknown inner field": ((SMOKE, "--config.model.wdth=3"), "did you mean 'width'"),
+    "element of a list": (
+        (SMOKE, "--config.phases.0.steps=3"),
+        r"phases\.0\.steps is no path of a field.*phases\[0\]",
+    ),
+    "no element of a list": (
+        (SMOKE, "--config.phases[7].steps=3"),
+        r"s\[7\]\.steps: .*out of range",
+    ),
+    "field of a list": ((SMOKE, "--config.phases.steps=3"), r"phases\.steps: .*phases\[0\]"),
     "type of a field": ((SMOKE, "--config.batch_size=many"), r"batch_size.*'many'"),
     "a list on the command line": ((SMOKE, "--config.phases=3"), "config.phases cannot be set on"),
     "a field below its range": ((SMOKE, "--config.log_every=0"), "log_every must be .* 1 or more"),

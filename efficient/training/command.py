@@ -297,23 +297,28 @@ def _why(error: Exception, argv: list[str]) -> str:
     """What is wrong with a config file, or with an override of one of its fields."""
     given = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), "")
     file = given.split(":")[0]
+    names = [a.split("=")[0].lstrip("-") for a in argv if re.match(r"--?config\.", a)]
     cause: BaseException | None = error
     while cause is not None:  # config_flags wraps some errors in others
         if isinstance(cause, UserError):
             return str(cause)
-        if isinstance(cause, SyntaxError):
+        if isinstance(cause, SyntaxError) and cause.filename != "<unknown>":
             return f"{file} line {cause.lineno}: {cause.msg}"
         lines = [f.lineno for f in traceback.extract_tb(cause.__traceback__) if f.filename == file]
         if lines and "parsing config file" not in str(cause):
             return f"{file} line {lines[-1]}: {type(cause).__name__}: {cause}"
         cause = cause.__cause__ or cause.__context__
-    names = [a.split("=")[0].lstrip("-") for a in argv if re.match(r"--?config\.", a)]
     named = re.match(r"\W*(\w+)", str(error))
     field = next((n for n in names if named and named[1] in n.split(".")), None)
     if field and isinstance(error, KeyError | AttributeError):
         near = re.search(r'"(\w+)" instead of', str(error))
         hint = f"did you mean {near[1]!r}?" if near else "see configs/common.py"
         return f"--{field}: the config has no field {named[1]!r}; {hint}"
+    lists = "an element of a list is --config.phases[0]"
+    if unread := re.match("Could not parse '(.*?)'", str(error)):
+        return f"--config.{unread[1]} is no path of a field; {lists}"
+    if names and isinstance(error, IndexError | TypeError):  # and in no line of the file
+        return f"{', '.join(f'--{name}' for name in names)}: {error}; {lists}"
     return f"{file}: {type(error).__name__}: {error}"
 
 
