@@ -25,8 +25,7 @@ import jax
 import numpy as np
 
 from benchmarks.records import record
-from benchmarks.small_runs import PEAK, at_rate, best_rate, host_config, mean_of, run_phase
-from benchmarks.sparse_to_dense import means
+from benchmarks.small_runs import PEAK, at_rate, best_rate, host_config, mean_of, means, run_phase
 from configs.low_rank_study import INITS, LAYERS, factorized
 from efficient import model as model_lib
 from efficient.checkpoints import layout

@@ -1,5 +1,6 @@
 """Small models trained in this process, for benchmarks of what a technique does to the loss."""
 
+import collections
 import copy
 import math
 import time
@@ -92,3 +93,15 @@ def mean_of(runs: list[dict], metric: str) -> float:
     """Infinite where a run diverged."""
     found = float(np.mean([run[metric] for run in runs]))
     return math.inf if math.isnan(found) else found
+
+
+def means(records, by, values):
+    """[{*by, value: [mean, standard deviation]}] over seeds."""
+    groups = collections.defaultdict(list)
+    for found in records:
+        groups[tuple(found[key] for key in by)].append(found)
+    return [
+        dict(zip(by, key))
+        | {v: [float(np.mean(c)), float(np.std(c))] for v in values for c in [[r[v] for r in own]]}
+        for key, own in groups.items()
+    ]

@@ -18,13 +18,11 @@ trained from scratch for as many steps as both together.
 """
 
 import argparse
-import collections
 
 import jax
-import numpy as np
 
 from benchmarks.records import record
-from benchmarks.small_runs import DEPTH, PEAK, host_config, run_phase, with_schedule
+from benchmarks.small_runs import DEPTH, PEAK, host_config, means, run_phase, with_schedule
 from configs import common
 from efficient.training.evaluation import Evaluator
 from efficient.training.run import Run
@@ -104,18 +102,6 @@ def finetune(steps: int, seed: int):
         run = Run(config_of(monarch(blocks), scratch, seed), jax.devices()[:1])
         state = run_phase(run, run.phases[0], run.start())[0]
         yield {"blocks": blocks, **found, "scratch": bits(run, run.phases[0], state)}
-
-
-def means(records, by, values):
-    """[{*by, value: [mean, standard deviation]}] over seeds."""
-    groups = collections.defaultdict(list)
-    for found in records:
-        groups[tuple(found[key] for key in by)].append(found)
-    return [
-        dict(zip(by, key))
-        | {v: [float(np.mean(c)), float(np.std(c))] for v in values for c in [[r[v] for r in own]]}
-        for key, own in groups.items()
-    ]
 
 
 def plot(experiment: str, rows: list[dict], path: str) -> None:

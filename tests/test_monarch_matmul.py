@@ -345,9 +345,10 @@ def test_dx_lends_its_place_where_a_chunk_would_not_fit(monkeypatch):
         plan = tpu_plan.plan(8192, weights, weights, 2, True, kept=True)
         assert (plan.rows, plan.lent) == right
         assert plan.vmem <= plan.chip.planned
-    wide = of((32, 256, 512))
     monkeypatch.setattr(tpu_plan, "chip", lambda: Chip(64 * 2**20, 2, 128, 166))
-    assert not tpu_plan.plan(8192, weights, wide, 2, True, kept=True).lent  # dx is narrower
+    narrow = tpu_plan.plan(8192, of((32, 192, 256)), weights, 2, True, kept=True)
+    assert (narrow.rows, narrow.lent) == (128, False)  # dx has no place for the blocks of dy
+    assert narrow._replace(rows=256, lent=True).vmem <= narrow.chip.planned
 
 
 @pytest.mark.slow
