@@ -143,8 +143,8 @@ def plan(
     """The plan with the most rows that fit on the chip, in straight code where one is.
 
     The least rows where none fits. Lent where a chunk would not fit otherwise: backward v5p 8192 by
-    32 is 358 us with 256 rows lent and 381 with 128. At equal rows a trial, which had words there in
-    place of rows, was slower: 4096 by 32 v5p 127 us lent and 125, v6e 137 and 131.
+    32 is 358 us with 256 rows lent and 381 with 128. At equal rows a trial, which had words there
+    in place of rows, was slower: 4096 by 32 v5p 127 us lent and 125, v6e 137 and 131.
     """
     (K, p, _), (L, _, s) = right.shape, left.shape
     lends = backward and kept and K * p == L * s
